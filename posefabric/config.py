@@ -1,0 +1,256 @@
+"""Typed, validated configuration: defaults, then a YAML file, then dotted overrides."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from posefabric.structures import PosefabricError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class DataConfig(_Section):
+    """Which persons, and how a person becomes an input.
+
+    File names are relative to ``root``, which comes from the command line.
+    """
+
+    format: Literal["coco", "synthetic"] = "coco"
+    root: str | None = None
+    skeleton: str = "coco17"
+    train_annotations: str = "annotations/train.json"
+    train_images: str = "train"
+    val_annotations: str = "annotations/val.json"
+    val_images: str = "val"
+    test_annotations: str | None = None
+    test_images: str = "test"
+    boxes: str | None = Field(
+        None, description="detections JSON for evaluation; none: ground truth"
+    )
+    box_score_threshold: float = Field(0.0, ge=0, le=1)
+    on_bad_image: Literal["error", "skip"] = "error"
+    synthetic_train: int = Field(2000, ge=1)
+    synthetic_val: int = Field(300, ge=1)
+    synthetic_seed: int = 0
+    input_wh: tuple[int, int] = (128, 128)
+    preset: Literal["hrnet", "udp", "posenfs"] = "hrnet"
+    sigma: float | None = Field(None, gt=0, description="heatmap pixels; none: by input height")
+    workers: int = Field(1, ge=0)
+    cache: bool = Field(
+        True, description="keep decoded uint8 crops in memory after the first epoch"
+    )
+
+    @field_validator("input_wh")
+    @classmethod
+    def _multiple_of_32(cls, value: tuple[int, int]) -> tuple[int, int]:
+        if any(side < 32 or side % 32 for side in value):
+            raise ValueError(f"both sides must be positive multiples of 32, got {value}")
+        return value
+
+
+class AugmentConfig(_Section):
+    """Augmentation ranges; the transforms are drawn anew for every person and epoch."""
+
+    scale: float = Field(0.3, ge=0, lt=1, description="zoom factor in 1 - scale .. 1 + scale")
+    rotation: float = Field(
+        45.0, ge=0, le=180, description="degrees, clipped normal: sigma, cut at 2x"
+    )
+    rotation_probability: float = Field(0.6, ge=0, le=1)
+    flip: float = Field(0.5, ge=0, le=1)
+    half_body: float = Field(0.0, ge=0, le=1)
+    translate: float = Field(0.0, ge=0, le=0.5, description="shift, fraction of the box")
+    colour: float = Field(0.2, ge=0, le=1, description="brightness, contrast and channel gain")
+
+
+class ModelConfig(_Section):
+    """The supernet: one backbone and one fabric for each part (PAPER: cell-based neural fabric)."""
+
+    backbone: str = "tf_efficientnet_lite0"
+    weights: str = Field("embedded", description="embedded, hub, none, or a local weights file")
+    parts: int | Literal["random"] = Field(3, description="a grouping of the skeleton file")
+    channel_factor: int = Field(8, ge=1, description="C: a node has 4 C 2**scale channels")
+    depth: int = Field(6, ge=1)
+    first_layer: int = Field(3, ge=0)
+    hidden_nodes: int = Field(1, ge=1, le=4)
+    operations: tuple[str, ...] = ("zero", "skip", "sep_conv_3x3", "dil_conv_3x3")
+    shared_alpha: bool = True
+    faithful: bool = False
+    frozen_stem: bool = Field(
+        False, description="freeze the backbone up to stride 4: a third less time a step"
+    )
+    head: Literal["heatmap", "vector"] = "heatmap"
+    vector_dim: int = Field(8, ge=1)
+
+
+class OptimConfig(_Section):
+    """One training phase."""
+
+    epochs: float = Field(
+        3.0, gt=0, description="passes over the training persons; may be a fraction"
+    )
+    batch_size: int = Field(32, ge=2)
+    learning_rate: float = Field(1e-3, gt=0)
+    backbone_factor: float = Field(1.0, ge=0, description="learning rate of the backbone, relative")
+    weight_decay: float = Field(0.0, ge=0)
+    schedule: Literal["one_cycle", "steps", "constant"] = "one_cycle"
+    milestones: tuple[float, ...] = Field((0.45, 0.6, 0.75), description="fractions, for steps")
+    decay: float = Field(0.25, gt=0, le=1, description="factor at a milestone")
+    warmup: float = Field(0.15, ge=0, lt=1, description="rising share of a one-cycle schedule")
+    clip_norm: float = Field(5.0, gt=0)
+    ema: float = Field(0.0, ge=0, lt=1, description="decay of the averaged weights; 0: none")
+    loss: Literal["cross_entropy", "mse"] = "cross_entropy"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    log_every: int = Field(10, ge=1)
+    checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
+    evaluate_every: float = Field(
+        0.0, ge=0, description="epochs between validations; 0: at the end"
+    )
+    max_bad_steps: int = Field(10, ge=0, description="skipped non-finite steps before stopping")
+
+
+class SearchConfig(OptimConfig):
+    """The supernet's training, in which alpha and beta are learned."""
+
+    strategy: Literal["uniform", "random", "synchronous"] = "synchronous"
+    relaxation: Literal["softmax", "sparsemax"] = "softmax"
+    temperature_end: float = Field(
+        1.0, gt=0, le=1, description="logits are divided by it at the end"
+    )
+    architecture_learning_rate: float = Field(1e-2, gt=0)
+    sparsity: float = Field(0.0, ge=0, description="weight of the entropy penalty at the end")
+    sparsity_start: float = Field(
+        0.3, ge=0, lt=1, description="share of the search before it rises"
+    )
+
+
+class DeriveConfig(_Section):
+    """From a mixture to a compact network."""
+
+    threshold: float = Field(0.0, ge=0, lt=1, description="drop choices below this; 0: lossless")
+    operations_kept: int | None = Field(None, ge=1, description="most candidates an edge keeps")
+    sources_kept: int | None = Field(None, ge=1, le=3, description="most sources a cell keeps")
+    fold: bool = True
+    finetune: bool = False
+
+
+class Config(_Section):
+    """Everything an experiment is made of."""
+
+    name: str = "experiment"
+    seed: int = Field(0, ge=0)
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    threads: int | None = Field(None, ge=1)
+    data: DataConfig = Field(default_factory=DataConfig)
+    augment: AugmentConfig = Field(default_factory=AugmentConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    search: SearchConfig = Field(default_factory=SearchConfig)
+    derive: DeriveConfig = Field(default_factory=DeriveConfig)
+    finetune: OptimConfig = Field(default_factory=OptimConfig)
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Name to path of every YAML in the package."""
+    folder = Path(str(resources.files("posefabric"))) / "configs"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_config(name_or_path: str | None, overrides: Sequence[str] = ()) -> Config:
+    """Defaults, then a shipped name or a YAML file, then ``section.option=value`` overrides.
+
+    Raises PosefabricError that names the file or override, the option, and near names.
+    """
+    tree: dict[str, Any] = {}
+    origin = "defaults"
+    if name_or_path is not None:
+        path = _find_yaml(name_or_path)
+        origin = str(path)
+        try:
+            loaded = yaml.safe_load(path.read_text())
+        except (OSError, yaml.YAMLError) as error:
+            raise PosefabricError(f"{path}: cannot be read as YAML: {error}") from error
+        if loaded is not None and not isinstance(loaded, dict):
+            raise PosefabricError(
+                f"{path}: expected sections and options, got {type(loaded).__name__}"
+            )
+        tree = loaded or {}
+    for override in overrides:
+        _apply_override(tree, override)
+    return config_from_tree(tree, origin=origin)
+
+
+def config_from_tree(tree: dict[str, Any], *, origin: str) -> Config:
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise PosefabricError(_explain(error, origin)) from error
+
+
+def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
+    """A copy of a configuration with dotted overrides applied."""
+    tree = config.model_dump(mode="json")
+    for override in overrides:
+        _apply_override(tree, override)
+    return config_from_tree(tree, origin="overrides")
+
+
+def _find_yaml(name_or_path: str) -> Path:
+    shipped = shipped_configs()
+    if name_or_path in shipped:
+        return shipped[name_or_path]
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    raise PosefabricError(
+        f"{name_or_path}: no such configuration file or shipped name"
+        f"{_did_you_mean(name_or_path, shipped)}; shipped: {', '.join(shipped)}"
+    )
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise PosefabricError(f"{override!r}: an override reads section.option=value")
+    node = tree
+    pieces = key.split(".")
+    for piece in pieces[:-1]:
+        node = node.setdefault(piece, {})
+        if not isinstance(node, dict):
+            raise PosefabricError(f"{override!r}: {piece} is an option, not a section")
+    try:
+        node[pieces[-1]] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise PosefabricError(f"{override!r}: the value is not YAML: {error}") from error
+
+
+def _explain(error: ValidationError, origin: str) -> str:
+    lines = []
+    for item in error.errors():
+        where = ".".join(str(piece) for piece in item["loc"])
+        if item["type"] == "extra_forbidden":
+            known = _options(item["loc"][:-1])
+            hint = _did_you_mean(str(item["loc"][-1]), known)
+            lines.append(f"{origin}: unknown option {where}{hint}; known here: {', '.join(known)}")
+        else:
+            lines.append(f"{origin}: {where}: {item['msg']}, got {item['input']!r}")
+    return "\n".join(lines)
+
+
+def _options(location: Sequence[Any]) -> list[str]:
+    model: Any = Config
+    for piece in location:
+        model = model.model_fields[piece].annotation
+    return list(model.model_fields)
+
+
+def _did_you_mean(word: str, known: Any) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {near[0]}?)" if near else ""

@@ -1,0 +1,195 @@
+"""Keypoints to heatmaps and back, for whole batches on any device (CONVENTIONS)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+
+from posefabric.data.crop import PRESETS, Preset
+from posefabric.structures import PosefabricError
+
+CUT = 3.0  # a Gaussian ends at this many sigmas
+POSENFS_SHIFT = 0.5  # input pixels that the released code adds when it decodes
+DARK_KERNEL = 11
+DARK_SIGMA = 2.0  # what OpenCV takes for a kernel of 11: 0.3 ((11 - 1) / 2 - 1) + 0.8
+
+
+def default_sigma(input_h: int) -> float:
+    """Heatmap sigma in heatmap pixels for an input height in pixels.
+
+    1.5 at 128, 2 at 256, 3 at 384 and linear between (CONVENTIONS); the outer slopes go on
+    beyond, down to 1, below which a Gaussian is hardly more than one pixel.
+    """
+    if input_h <= 256:
+        return max(1.0, 1.5 + (input_h - 128) / 256.0)
+    return 2.0 + (input_h - 256) / 128.0
+
+
+@dataclass(frozen=True)
+class Codec:
+    """Encodes keypoints as Gaussian heatmaps and decodes them again.
+
+    Presets: ``hrnet`` (stride W_in / W_hm, Gaussian on the nearest cell, quarter pixel),
+    ``udp`` (stride (W_in - 1) / (W_hm - 1), sub-pixel Gaussian, DARK), ``posenfs`` (as hrnet,
+    and half an input pixel added when decoding).
+
+    Attributes:
+        preset: hrnet, udp or posenfs.
+        input_wh, heatmap_wh: pixels.
+        sigma: of the Gaussian, in heatmap pixels.
+    """
+
+    preset: Preset
+    input_wh: tuple[int, int]
+    heatmap_wh: tuple[int, int]
+    sigma: float
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise PosefabricError(
+                f"preset: expected one of {', '.join(PRESETS)}, got {self.preset}"
+            )
+        if min(self.heatmap_wh) < 3:
+            raise PosefabricError(
+                f"heatmap_wh: expected sides of 3 or more, got {self.heatmap_wh}; "
+                "use a larger input_wh"
+            )
+        if not self.sigma > 0:
+            raise PosefabricError(f"sigma: expected a number above 0, got {self.sigma}")
+
+    @property
+    def stride(self) -> tuple[float, float]:
+        """Input pixels a heatmap pixel, along x and y."""
+        (width, height), (columns, rows) = self.input_wh, self.heatmap_wh
+        if self.preset == "udp":
+            return (width - 1) / (columns - 1), (height - 1) / (rows - 1)
+        return width / columns, height / rows
+
+    @property
+    def target_peak(self) -> float:
+        """Highest value of an uncut, integer-centred target once it is normalised to sum 1."""
+        reach = math.floor(CUT * self.sigma)
+        side = sum(math.exp(-(d * d) / (2 * self.sigma**2)) for d in range(-reach, reach + 1))
+        return 1.0 / side**2
+
+    def encode(self, keypoints: Tensor, visibility: Tensor) -> tuple[Tensor, Tensor]:
+        """Targets of keypoints (B, K, 2) in input pixels with visibility (B, K) 0/1/2.
+
+        Returns heatmaps (B, K, h, w) float32 with peak 1 and weights (B, K) float32. A keypoint
+        that is not annotated, or whose cell lies outside the map, weighs 0 and has an empty map.
+        """
+        columns, rows = self.heatmap_wh
+        centre = keypoints.float() / keypoints.new_tensor(self.stride, dtype=torch.float32)
+        cell = torch.floor(centre + 0.5)
+        inside = (cell >= 0) & (cell < cell.new_tensor([columns, rows]))
+        weights = (visibility > 0) & inside.all(dim=-1)
+        if self.preset != "udp":
+            centre = cell
+        across = self._bell(columns, centre[..., 0], cell[..., 0])
+        down = self._bell(rows, centre[..., 1], cell[..., 1])
+        # Zeroing one factor, by where, also drops what non-finite keypoints would leave.
+        across = torch.where(weights[..., None], across, 0.0)
+        down = torch.where(weights[..., None], down, 0.0)
+        return down[..., :, None] * across[..., None, :], weights.float()
+
+    def _bell(self, length: int, centre: Tensor, cell: Tensor) -> Tensor:
+        grid = torch.arange(length, device=centre.device, dtype=centre.dtype)
+        values = torch.exp(-((grid - centre[..., None]) ** 2) / (2.0 * self.sigma**2))
+        return torch.where((grid - cell[..., None]).abs() <= CUT * self.sigma, values, 0.0)
+
+    def decode(self, heatmaps: Tensor) -> tuple[Tensor, Tensor]:
+        """Keypoints (B, K, 2) in input pixels and scores (B, K), the maxima, of (B, K, h, w).
+
+        Sub-pixel refinement is left out on the map's border. Where the maximum is 0 or less
+        both coordinates are 0 (udp: -1) and the score is kept. Can be exported: no step
+        depends on the values.
+        """
+        maps = heatmaps.float()
+        columns, rows = self.heatmap_wh
+        flat = maps.flatten(2)
+        scores, index = flat.max(dim=-1)
+        x = index % columns
+        y = torch.div(index, columns, rounding_mode="floor")
+        interior = (x > 0) & (x < columns - 1) & (y > 0) & (y < rows - 1)
+        # Cells next to the border stand in for border cells, whose step is thrown away.
+        anchor = y.clamp(1, rows - 2) * columns + x.clamp(1, columns - 2)
+        step = self._dark_step(maps, anchor) if self.preset == "udp" else _quarter(maps, anchor)
+        step = torch.where(interior[..., None], step, torch.zeros_like(step))
+        cells = torch.stack([x, y], dim=-1).to(maps.dtype) + step
+        keypoints = cells * torch.tensor(self.stride, dtype=maps.dtype, device=maps.device)
+        if self.preset == "posenfs":
+            keypoints = keypoints + POSENFS_SHIFT
+        missing = torch.full_like(keypoints, -1.0 if self.preset == "udp" else 0.0)
+        return torch.where((scores > 0)[..., None], keypoints, missing), scores
+
+    def _dark_step(self, maps: Tensor, anchor: Tensor) -> Tensor:
+        """One Newton step on the blurred log-heatmap, as in DARK (Zhang et al., CVPR 2020)."""
+        peak = maps.amax(dim=(-2, -1), keepdim=True).clamp_min(1e-30)
+        log = torch.log(_blur(maps / peak).clamp_min(1e-10))
+        around = _neighbourhood(log, anchor)
+        middle = around[..., 1, 1]
+        dx = (around[..., 1, 2] - around[..., 1, 0]) / 2
+        dy = (around[..., 2, 1] - around[..., 0, 1]) / 2
+        dxx = around[..., 1, 2] - 2 * middle + around[..., 1, 0]
+        dyy = around[..., 2, 1] - 2 * middle + around[..., 0, 1]
+        diagonal = around[..., 2, 2] + around[..., 0, 0]
+        dxy = (diagonal - around[..., 2, 0] - around[..., 0, 2]) / 4
+        determinant = dxx * dyy - dxy * dxy
+        # Only a negative definite Hessian has a maximum to step to.
+        sound = (dxx < 0) & (determinant > 1e-9)
+        safe = torch.where(sound, determinant, torch.ones_like(determinant))
+        step = torch.stack([dxy * dy - dyy * dx, dxy * dx - dxx * dy], dim=-1) / safe[..., None]
+        return torch.where(sound[..., None], step.clamp(-1.0, 1.0), torch.zeros_like(step))
+
+    def flip_back(self, heatmaps_of_flipped: Tensor, flip_index: Tensor | np.ndarray) -> Tensor:
+        """Bring the heatmaps (B, K, h, w) of mirrored inputs in line with the plain ones.
+
+        Mirrors the width, swaps left and right by ``flip_index`` (K,), and for hrnet moves the
+        maps one pixel to the right (the first column stays), since a biased stride puts the
+        mirrored cells one to the left. udp needs no shift; posenfs has none, though biased.
+        """
+        order = torch.as_tensor(flip_index, dtype=torch.int64, device=heatmaps_of_flipped.device)
+        maps = heatmaps_of_flipped.flip(-1).index_select(1, order)
+        if self.preset == "hrnet":
+            maps = torch.cat([maps[..., :1], maps[..., :-1]], dim=-1)
+        return maps
+
+
+def _neighbourhood(maps: Tensor, anchor: Tensor) -> Tensor:
+    """The 3x3 values (B, K, 3, 3), rows first, about flat indices (B, K) of maps (B, K, h, w)."""
+    columns = maps.shape[-1]
+    offsets = torch.tensor(
+        [dy * columns + dx for dy in (-1, 0, 1) for dx in (-1, 0, 1)], device=maps.device
+    )
+    values = maps.flatten(2).gather(2, anchor[..., None] + offsets)
+    return values.unflatten(-1, (3, 3))
+
+
+def _quarter(maps: Tensor, anchor: Tensor) -> Tensor:
+    """A quarter pixel towards the higher neighbour on each axis, (B, K, 2)."""
+    around = _neighbourhood(maps, anchor)
+    across = around[..., 1, 2] - around[..., 1, 0]
+    down = around[..., 2, 1] - around[..., 0, 1]
+    return 0.25 * torch.sign(torch.stack([across, down], dim=-1))
+
+
+def _blur(maps: Tensor) -> Tensor:
+    """Gaussian blur of (B, K, h, w), kernel 11, with zeros outside.
+
+    Zeros, as in DARK's own code: mirroring at the border, OpenCV's default, adds a second peak
+    there and moves keypoints two cells inside by a whole cell.
+    """
+    reach = DARK_KERNEL // 2
+    grid = torch.arange(-reach, reach + 1, dtype=maps.dtype, device=maps.device)
+    kernel = torch.exp(-(grid**2) / (2 * DARK_SIGMA**2))
+    kernel = kernel / kernel.sum()
+    count = maps.shape[1]
+    across = kernel.view(1, 1, 1, -1).expand(count, 1, 1, DARK_KERNEL)
+    down = kernel.view(1, 1, -1, 1).expand(count, 1, DARK_KERNEL, 1)
+    maps = functional.conv2d(maps, across, padding=(0, reach), groups=count)
+    return functional.conv2d(maps, down, padding=(reach, 0), groups=count)

@@ -1,0 +1,172 @@
+"""Seeded batches of uint8 crops, read by workers, kept in memory when they fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from posefabric.data.crop import CropGeometry
+from posefabric.data.reader import CropReader, LoadedBatch, make_cache
+from posefabric.structures import CropBatch, DataError, PersonDataset, PosefabricError
+
+OnBadImage = Literal["error", "skip"]
+
+
+class CropLoader:
+    """Batches of crops of a data set, the same whatever the number of workers.
+
+    Args:
+        dataset: persons and the way to read their pictures.
+        geometry: what is cut out.
+        batch_size: persons a batch.
+        rows: rows of ``dataset.persons`` to use; none: all.
+        seed: epoch e is in the order of ``default_rng([seed, e])``; none: in the order of rows.
+        workers: processes that read and crop; 0: in this one.
+        cache: keep the decoded crops in memory that workers share.
+        on_bad_image: ``error`` raises DataError, ``skip`` gives a black crop without keypoints
+            and counts the file in ``unreadable``.
+        drop_last: leave out a last, smaller batch.
+    """
+
+    def __init__(
+        self,
+        dataset: PersonDataset,
+        geometry: CropGeometry,
+        *,
+        batch_size: int,
+        rows: Sequence[int] | np.ndarray | None = None,
+        seed: int | None = None,
+        workers: int = 0,
+        cache: bool = False,
+        on_bad_image: OnBadImage = "error",
+        drop_last: bool = False,
+    ) -> None:
+        self.rows = _checked_rows(dataset, rows)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.drop_last = drop_last
+        self.unreadable: dict[str, str] = {}
+        if batch_size < 1 or workers < 0:
+            raise PosefabricError(
+                f"batch_size {batch_size} and workers {workers}: expected at least 1 and 0"
+            )
+        if on_bad_image not in ("error", "skip"):
+            raise PosefabricError(f"on_bad_image: expected error or skip, got {on_bad_image}")
+        if len(self) == 0:
+            raise PosefabricError(
+                f"{dataset.name}: {len(self.rows)} persons give no batch of {batch_size} with "
+                "drop_last; use a smaller batch_size"
+            )
+        self._plan = _Plan()
+        self._runs = 0
+        # A generator of its own keeps torch's global one untouched by iterating.
+        self._loader: DataLoader[LoadedBatch] = DataLoader(
+            CropReader(
+                dataset,
+                geometry,
+                skip=on_bad_image == "skip",
+                cache=make_cache(dataset, self.rows, geometry, workers) if cache else None,
+            ),
+            batch_size=None,
+            sampler=self._plan,
+            num_workers=workers,
+            collate_fn=_unchanged,
+            worker_init_fn=_start_worker if workers else None,
+            persistent_workers=workers > 0,
+            generator=torch.Generator(),
+        )
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        whole, rest = divmod(len(self.rows), self.batch_size)
+        return whole + (rest > 0 and not self.drop_last)
+
+    def order(self, epoch: int = 0) -> np.ndarray:
+        """Rows of ``dataset.persons`` in the order of an epoch, (N,) int64."""
+        if self.seed is None:
+            return self.rows
+        return np.random.default_rng([self.seed, epoch]).permutation(self.rows)
+
+    def batches(self, epoch: int = 0, start: int = 0) -> Iterator[CropBatch]:
+        """Batches ``start`` to the last of an epoch; those before are not read.
+
+        Raises DataError with the reader's own message for a bad picture, unless they are
+        skipped. One iteration of a loader goes on at a time: PosefabricError otherwise.
+        """
+        order = self.order(epoch)
+        size = self.batch_size
+        self._plan.batches = [
+            order[k * size : (k + 1) * size].tolist() for k in range(start, len(self))
+        ]
+        self._runs += 1
+        run = self._runs
+        for loaded in self._loader:
+            if loaded.error is not None:
+                raise DataError(loaded.error)
+            assert loaded.batch is not None
+            self.unreadable.update(loaded.unreadable)
+            yield loaded.batch
+            if run != self._runs:
+                raise PosefabricError(
+                    "batches() was called again while an earlier iteration went on; finish the "
+                    "first, or make a second CropLoader"
+                )
+
+
+def split_by_image(
+    dataset: PersonDataset, fraction: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Split persons at random so that no picture is on both sides.
+
+    Returns two sorted arrays of rows: the first has about ``fraction`` of the pictures, at
+    least one, and leaves at least one. Raises PosefabricError when that cannot be.
+    """
+    image_ids = np.array([person.image_id for person in dataset.persons], dtype=np.int64)
+    pictures = np.unique(image_ids)
+    if not 0 < fraction < 1 or len(pictures) < 2:
+        raise PosefabricError(
+            f"{dataset.name}: a split of {len(pictures)} pictures by fraction {fraction}: expected "
+            "two pictures or more and a fraction between 0 and 1"
+        )
+    count = min(max(round(fraction * len(pictures)), 1), len(pictures) - 1)
+    chosen = np.random.default_rng(seed).permutation(pictures)[:count]
+    first = np.isin(image_ids, chosen)
+    return np.flatnonzero(first), np.flatnonzero(~first)
+
+
+class _Plan(Sampler[list[int]]):
+    """The batches to come, as lists of rows; workers live on while it changes."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def _unchanged(loaded: Any) -> Any:
+    return loaded
+
+
+def _start_worker(worker: int) -> None:
+    # Workers are the parallelism; OpenCV's own threads would only fight over the cores.
+    cv2.setNumThreads(0)
+
+
+def _checked_rows(dataset: PersonDataset, rows: Sequence[int] | np.ndarray | None) -> np.ndarray:
+    count = len(dataset.persons)
+    chosen = np.arange(count) if rows is None else np.asarray(rows, dtype=np.int64)
+    if chosen.ndim != 1 or not len(chosen) or chosen.min() < 0 or chosen.max() >= count:
+        raise PosefabricError(
+            f"{dataset.name}: rows of shape {chosen.shape}: expected at least one row, each in "
+            f"0..{count - 1}; check the annotations and the split"
+        )
+    return chosen.astype(np.int64)

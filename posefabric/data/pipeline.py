@@ -1,0 +1,145 @@
+"""From the data options of a configuration to persons, crops and batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from posefabric.config import AugmentConfig, Config, DataConfig
+from posefabric.data.batch import Normalisation, prepare_batch
+from posefabric.data.coco import read_coco
+from posefabric.data.codec import Codec, default_sigma
+from posefabric.data.crop import CropGeometry
+from posefabric.data.loaders import CropLoader
+from posefabric.data.synthetic import synthetic_people
+from posefabric.skeletons import Skeleton, load_skeleton
+from posefabric.structures import CropBatch, PersonDataset, PoseBatch, PosefabricError
+
+Split = Literal["train", "val", "test"]
+TRAINING_MARGIN = 1.5
+
+
+def open_dataset(config: DataConfig, split: Split, *, boxes: str | None = None) -> PersonDataset:
+    """The persons of one split. ``boxes``: a detections file instead of ground-truth boxes.
+
+    Raises PosefabricError when ``data.root`` is missing or has no such split.
+    """
+    skeleton = load_skeleton(config.skeleton)
+    if config.format == "synthetic":
+        count = {"train": config.synthetic_train}.get(split, config.synthetic_val)
+        offset = {"train": 0, "val": 1, "test": 2}[split]
+        seed = 3 * config.synthetic_seed + offset
+        return synthetic_people(count=count, seed=seed, skeleton=skeleton)
+    if config.root is None:
+        raise PosefabricError(
+            "data.root is not set; give the data set's folder on the command line: data.root=DIR"
+        )
+    root = Path(config.root)
+    if not root.is_dir():
+        raise PosefabricError(f"data.root={config.root}: no such folder")
+    annotations = getattr(config, f"{split}_annotations")
+    if annotations is None:
+        raise PosefabricError(f"data.{split}_annotations is not set; this data set has no {split}")
+    return read_coco(
+        root / annotations,
+        root / getattr(config, f"{split}_images"),
+        skeleton,
+        boxes=None if boxes is None else Path(boxes),
+        box_score_threshold=config.box_score_threshold,
+        name=f"{root.name} {split}",
+    )
+
+
+def make_codec(config: DataConfig) -> Codec:
+    """The codec of the options; heatmaps are a quarter of the input."""
+    width, height = config.input_wh
+    return Codec(
+        preset=config.preset,
+        input_wh=config.input_wh,
+        heatmap_wh=(width // 4, height // 4),
+        sigma=default_sigma(height) if config.sigma is None else config.sigma,
+    )
+
+
+@dataclass
+class TrainingData:
+    """Seeded, augmented batches of one data set: a function of (seed, step) alone."""
+
+    dataset: PersonDataset
+    loader: CropLoader
+    geometry: CropGeometry
+    codec: Codec
+    augment: AugmentConfig
+    normalisation: Normalisation
+    seed: int
+    device: torch.device
+
+    @classmethod
+    def open(
+        cls,
+        config: Config,
+        *,
+        batch_size: int,
+        normalisation: Normalisation,
+        seed: int,
+        device: torch.device,
+        dataset: PersonDataset | None = None,
+    ) -> TrainingData:
+        dataset = open_dataset(config.data, "train") if dataset is None else dataset
+        geometry = CropGeometry(
+            input_wh=config.data.input_wh, preset=config.data.preset, margin=TRAINING_MARGIN
+        )
+        loader = CropLoader(
+            dataset,
+            geometry,
+            batch_size=min(batch_size, len(dataset)),
+            seed=seed,
+            workers=config.data.workers,
+            cache=config.data.cache,
+            on_bad_image=config.data.on_bad_image,
+            drop_last=True,
+        )
+        return cls(
+            dataset=dataset,
+            loader=loader,
+            geometry=geometry,
+            codec=make_codec(config.data),
+            augment=config.augment,
+            normalisation=normalisation,
+            seed=seed,
+            device=device,
+        )
+
+    @property
+    def skeleton(self) -> Skeleton:
+        return self.dataset.skeleton
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.loader)
+
+    def crops(self, step: int) -> Iterator[tuple[int, CropBatch]]:
+        """(step, crops) from ``step`` on, without end."""
+        while True:
+            epoch, start = divmod(step, self.steps_per_epoch)
+            for batch in self.loader.batches(epoch, start):
+                yield step, batch
+                step += 1
+
+    def prepare(self, crops: CropBatch, step: int) -> PoseBatch:
+        """Augmented batch on the device; its randomness depends on (seed, step) only."""
+        generator = torch.Generator().manual_seed((self.seed << 32) + step)
+        return prepare_batch(
+            crops,
+            geometry=self.geometry,
+            codec=self.codec,
+            normalisation=self.normalisation,
+            skeleton=self.skeleton,
+            augment=self.augment,
+            generator=generator,
+            device=self.device,
+        )

@@ -1,0 +1,35 @@
+"""A network built from a frozen architecture: no alpha, no beta, only what is kept."""
+
+from __future__ import annotations
+
+from posefabric.models.backbones import TimmBackbone
+from posefabric.models.network import FabricNetwork
+from posefabric.space.architecture import Architecture, Part
+from posefabric.space.fabric import CellWeights
+
+
+class CompactNetwork(FabricNetwork):
+    """The graph's weights are constants; after folding they are all 1 and disappear."""
+
+    def __init__(self, *, graph: Architecture, backbone: TimmBackbone) -> None:
+        super().__init__(graph=graph, backbone=backbone)
+        self._weights = {
+            part.name: [CellWeights.of_graph(cell) for cell in part.cells] for part in graph.parts
+        }
+        self.folded = False
+
+    def cell_weights(self, part: Part) -> list[CellWeights]:
+        return self._weights[part.name]
+
+    def set_cell_weights(self, weights: dict[str, list[CellWeights]]) -> None:
+        """Replace the constants, as folding does when it moves them into convolutions."""
+        self._weights = weights
+
+    def architecture(self) -> Architecture:
+        return self.graph
+
+
+def build_compact(graph: Architecture) -> CompactNetwork:
+    """A compact network with random weights, its backbone cut to the levels the graph reads."""
+    backbone = TimmBackbone(graph.backbone.name, levels=len(graph.backbone.channels))
+    return CompactNetwork(graph=graph, backbone=backbone)

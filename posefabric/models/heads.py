@@ -1,0 +1,46 @@
+"""From a part's representation to heatmaps, and from raw outputs to scores."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from posefabric.space.architecture import Head
+
+
+class PartHead(nn.Module):
+    """ReLU and a 1x1 convolution: (B, width, h, w) to (B, K_p, h, w) raw outputs.
+
+    With the vector head a pixel holds ``dim`` values a keypoint and the raw output is their
+    squared length; under mean squared error it is squashed to |v|^2 / (1 + |v|^2)
+    (PAPER section 2), under cross-entropy it stays a logit.
+    """
+
+    def __init__(self, width: int, num_keypoints: int, head: Head) -> None:
+        super().__init__()
+        self.head = head
+        self.num_keypoints = num_keypoints
+        dim = head.dim if head.kind == "vector" else 1
+        self.final_layer = nn.Sequential(nn.ReLU(), nn.Conv2d(width, num_keypoints * dim, 1))
+        nn.init.normal_(self.final_layer[1].weight, std=0.001 if dim == 1 else 0.05)  # type: ignore[arg-type]
+        nn.init.zeros_(self.final_layer[1].bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Logits and squares leave half precision here: their differences are what counts.
+        x = self.final_layer(x).float() if x.dtype != torch.float64 else self.final_layer(x)
+        if self.head.kind == "heatmap":
+            return x
+        batch, _, height, width = x.shape
+        length = x.view(batch, self.num_keypoints, -1, height, width).square().sum(2)
+        return length if self.head.scores == "softmax" else length / (1 + length)
+
+
+def score_maps(outputs: Tensor, head: Head) -> Tensor:
+    """Raw outputs (B, K, h, w) to scores: probability over the target's peak, or as they are.
+
+    Not clipped at 1, because the flip test averages probabilities; the decoder clips.
+    """
+    if head.scores == "identity":
+        return outputs
+    probabilities = outputs.flatten(2).softmax(dim=2).view_as(outputs)
+    return probabilities / head.peak

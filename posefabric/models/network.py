@@ -1,0 +1,119 @@
+"""The body that a mixture and a compact network share: backbone, part fabrics, heads, sum."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from posefabric.models.backbones import Normalisation, TimmBackbone
+from posefabric.models.heads import PartHead, score_maps
+from posefabric.space.architecture import Architecture, Head, Part
+from posefabric.space.fabric import CellWeights, Fabric, level_widths, pyramid_scales
+from posefabric.space.parts import SumOfParts
+
+
+class PartNetwork(nn.Module):
+    """One part: 1x1 convolutions to the node widths, the fabric, the head."""
+
+    def __init__(
+        self, part: Part, *, channels: Sequence[int], head: Head, first_layer: int, faithful: bool
+    ) -> None:
+        super().__init__()
+        widths = level_widths(part)
+        self.reduce = nn.ModuleDict()
+        for scale in pyramid_scales(part, first_layer):
+            self.reduce[str(scale)] = _reduce(channels[scale], widths[scale], faithful)
+        self.fabric = Fabric(part, first_layer=first_layer, faithful=faithful)
+        self.head = PartHead(widths[0], len(part.keypoints), head)
+
+    def forward(self, pyramid: Sequence[Tensor], weights: Sequence[CellWeights]) -> Tensor:
+        """Pyramid levels, finest first, to the part's raw outputs (B, K_p, H/4, W/4)."""
+        levels = {int(scale): reduce(pyramid[int(scale)]) for scale, reduce in self.reduce.items()}
+        return self.head(self.fabric(levels, weights, finest=pyramid[0]))
+
+
+def _reduce(width_in: int, width_out: int, faithful: bool) -> nn.Module:
+    if faithful and width_in == width_out:
+        return nn.Identity()
+    norm = nn.Identity() if faithful else nn.BatchNorm2d(width_out)
+    return nn.Sequential(nn.Conv2d(width_in, width_out, 1), norm)
+
+
+class FabricNetwork(nn.Module):
+    """A network built from a graph; subclasses say what the graph's choices weigh.
+
+    Images (B, 3, H, W), normalised, in; raw outputs (B, K, H/4, W/4) out, which
+    :meth:`score_maps` turns into scores.
+    """
+
+    def __init__(self, *, graph: Architecture, backbone: TimmBackbone) -> None:
+        super().__init__()
+        self.graph = graph
+        self.backbone = backbone
+        self.parts = nn.ModuleDict(
+            {
+                part.name: PartNetwork(
+                    part,
+                    channels=backbone.channels,
+                    head=graph.head,
+                    first_layer=graph.first_layer,
+                    faithful=graph.faithful,
+                )
+                for part in graph.parts
+            }
+        )
+        self.join = SumOfParts([part.keypoints for part in graph.parts], len(graph.keypoint_names))
+
+    @property
+    def normalisation(self) -> Normalisation:
+        return self.backbone.normalisation
+
+    def cell_weights(self, part: Part) -> list[CellWeights]:
+        """The weights of one part's cells, in order of computation."""
+        raise NotImplementedError
+
+    def architecture(self) -> Architecture:
+        """The graph as it stands now, with its weights."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head_forward(self.backbone(images))
+
+    def head_forward(self, pyramid: Sequence[Tensor]) -> Tensor:
+        """Everything after the backbone: pyramid levels to raw outputs (B, K, H/4, W/4)."""
+        maps = [
+            self.parts[part.name](pyramid, self.cell_weights(part)) for part in self.graph.parts
+        ]
+        return self.join(maps)
+
+    def score_maps(self, outputs: Tensor) -> Tensor:
+        return score_maps(outputs, self.graph.head)
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        return list(self.parts.parameters())
+
+
+def first_non_finite(network: nn.Module, images: Tensor) -> str | None:
+    """Name of the first module, in order of computation, whose output is not finite."""
+    found: list[str] = []
+
+    def watch(name: str):
+        def hook(module: nn.Module, inputs: object, output: object) -> None:
+            tensors = output if isinstance(output, list | tuple) else [output]
+            bad = any(isinstance(t, Tensor) and not torch.isfinite(t).all() for t in tensors)
+            if bad and not found:
+                found.append(f"{name} ({type(module).__name__})")
+
+        return hook
+
+    leaves = [(n, m) for n, m in network.named_modules() if not list(m.children())]
+    handles = [module.register_forward_hook(watch(name)) for name, module in leaves]
+    try:
+        with torch.no_grad():
+            network(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None

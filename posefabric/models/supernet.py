@@ -1,0 +1,186 @@
+"""The plain mixture: every candidate of every cell, weighted by relaxed alpha and beta.
+
+The oracle of any faster mixture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from posefabric.models.backbones import TimmBackbone
+from posefabric.models.network import FabricNetwork
+from posefabric.space.architecture import Architecture, Backbone, Cell, Edge, Head, Part
+from posefabric.space.cell import Weight
+from posefabric.space.fabric import CellWeights, FabricShape
+from posefabric.structures import PosefabricError
+
+
+def sparsemax(logits: Tensor) -> Tensor:
+    """Euclidean projection of the last axis onto the simplex (Martins and Astudillo, 2016).
+
+    Unlike softmax it reaches exact zeros, so that what it drops can be pruned without loss.
+    """
+    ordered = logits.sort(dim=-1, descending=True).values
+    counts = torch.arange(1, logits.shape[-1] + 1, device=logits.device, dtype=logits.dtype)
+    excess = ordered.cumsum(-1) - 1
+    support = (ordered * counts > excess).sum(-1, keepdim=True)
+    threshold = excess.gather(-1, support - 1) / support
+    return (logits - threshold).clamp(min=0)
+
+
+RELAXATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda logits: logits.softmax(-1),
+    "sparsemax": sparsemax,
+}
+
+ABSENT = -1e9
+
+
+class Supernet(FabricNetwork):
+    """P part fabrics on one backbone, with alpha and beta as registered parameters.
+
+    ``alphas[part]`` is (cells or 1, edges, operations): logits of an edge's candidates, shared
+    by the part's cells by default. ``betas[part]`` is (cells, 3): logits of same, finer and
+    coarser source. Both start at zero. ``temperature`` divides them before the relaxation.
+    """
+
+    def __init__(
+        self,
+        *,
+        shape: FabricShape,
+        parts: dict[str, tuple[int, ...]],
+        backbone: TimmBackbone,
+        skeleton: str,
+        keypoint_names: tuple[str, ...],
+        input_wh: tuple[int, int],
+        head: Head,
+        relaxation: str = "softmax",
+        shared_alpha: bool = True,
+    ) -> None:
+        if relaxation not in RELAXATIONS:
+            raise PosefabricError(
+                f"search.relaxation={relaxation}: expected one of {', '.join(RELAXATIONS)}"
+            )
+        graph = Architecture(
+            skeleton=skeleton,
+            keypoint_names=keypoint_names,
+            input_wh=input_wh,
+            backbone=Backbone(name=backbone.name, channels=backbone.channels),
+            first_layer=shape.first_layer,
+            faithful=shape.faithful,
+            head=head,
+            parts=tuple(shape.graph(name, keypoints) for name, keypoints in parts.items()),
+        )
+        super().__init__(graph=graph, backbone=backbone)
+        self.shape = shape
+        self.relaxation = relaxation
+        rows = 1 if shared_alpha else len(shape.places)
+        sizes = (rows, len(shape.edges), len(shape.operations))
+        self.alphas = nn.ParameterDict({name: nn.Parameter(torch.zeros(sizes)) for name in parts})
+        self.betas = nn.ParameterDict(
+            {name: nn.Parameter(torch.zeros(len(shape.places), 3)) for name in parts}
+        )
+        absent = torch.zeros(len(shape.places), 3, dtype=torch.bool)
+        for row, (layer, scale) in enumerate(shape.places):
+            slots = [slot for slot, _, _ in shape.sources(layer, scale)]
+            absent[row, [slot for slot in range(3) if slot not in slots]] = True
+        self.register_buffer("absent_sources", absent, persistent=False)
+        self.register_buffer("temperature", torch.tensor(1.0))
+
+    def arch_parameters(self) -> dict[str, nn.Parameter]:
+        """``"PART.alphas"`` and ``"PART.betas"`` to parameters."""
+        found = {}
+        for part in self.graph.parts:
+            found[f"{part.name}.alphas"] = self.alphas[part.name]
+            found[f"{part.name}.betas"] = self.betas[part.name]
+        return found
+
+    def probabilities(self, part: str) -> tuple[Tensor, Tensor]:
+        """Relaxed alpha (cells or 1, edges, operations) and beta (cells, 3; absent sources 0)."""
+        relax = RELAXATIONS[self.relaxation]
+        alpha = relax(self.alphas[part] / self.temperature)
+        beta = self.betas[part] / self.temperature
+        return alpha, relax(beta.masked_fill(self.get_buffer("absent_sources"), ABSENT))
+
+    def cell_weights(self, part: Part) -> list[CellWeights]:
+        alpha, beta = self.probabilities(part.name)
+        if self.shape.faithful:
+            alpha, beta = alpha * len(self.shape.operations), beta * 3
+        known_alpha, known_beta = alpha.tolist(), beta.tolist()
+        weights = []
+        for row, cell in enumerate(part.cells):
+            alpha_row = row if alpha.shape[0] > 1 else 0
+            sources = [_weight(beta[row, s.slot], known_beta[row][s.slot]) for s in cell.sources]
+            choices = [
+                [
+                    _weight(alpha[alpha_row, edge, i], known_alpha[alpha_row][edge][i])
+                    for i in range(len(self.shape.operations))
+                ]
+                for edge in range(len(cell.edges))
+            ]
+            weights.append(CellWeights(sources=sources, choices=choices))
+        return weights
+
+    def architecture(self) -> Architecture:
+        """The whole graph with everything kept and the present relaxed weights."""
+        with torch.no_grad():
+            parts = [_weighted(part, self.cell_weights(part)) for part in self.graph.parts]
+        return self.graph.model_copy(update={"parts": tuple(parts)})
+
+    def entropies(self) -> dict[str, float]:
+        """Mean entropy of alpha and of beta over parts, 1 = uniform, 0 = decided."""
+        with torch.no_grad():
+            pairs = [self.probabilities(part.name) for part in self.graph.parts]
+            present = ~self.get_buffer("absent_sources")
+            options = present.sum(-1).to(torch.float32)
+            alpha = torch.stack([_entropy(a).mean() for a, _ in pairs]).mean()
+            alpha = alpha / max(1e-9, float(torch.log(torch.tensor(float(pairs[0][0].shape[-1])))))
+            decided = options > 1
+            scale = options[decided].log()
+            beta = torch.stack([(_entropy(b)[decided] / scale).mean() for _, b in pairs]).mean()
+        return {"alpha_entropy": float(alpha), "beta_entropy": float(beta)}
+
+    def indecision(self) -> Tensor:
+        """Gini impurity 1 - sum p^2, summed over edges and cells, mean over parts.
+
+        Zero exactly when every edge has one operation and every cell one source.
+        """
+        terms = []
+        for part in self.graph.parts:
+            alpha, beta = self.probabilities(part.name)
+            terms.append((1 - alpha.square().sum(-1)).sum() + (1 - beta.square().sum(-1)).sum())
+        return torch.stack(terms).mean()
+
+
+def _weight(value: Tensor, known: float) -> Weight:
+    """A number where the weight is exactly zero (nothing depends on it), else the tensor."""
+    return 0.0 if known == 0.0 else value
+
+
+def _entropy(probabilities: Tensor) -> Tensor:
+    return torch.special.entr(probabilities).sum(-1)
+
+
+def _weighted(part: Part, weights: list[CellWeights]) -> Part:
+    cells = []
+    for cell, own in zip(part.cells, weights, strict=True):
+        sources = tuple(
+            source.model_copy(update={"weight": float(weight)})
+            for source, weight in zip(cell.sources, own.sources, strict=True)
+        )
+        edges = tuple(
+            _weighted_edge(edge, row) for edge, row in zip(cell.edges, own.choices, strict=True)
+        )
+        cells.append(Cell(**{**dict(cell), "sources": sources, "edges": edges}))
+    return part.model_copy(update={"cells": tuple(cells)})
+
+
+def _weighted_edge(edge: Edge, weights: list[Weight]) -> Edge:
+    choices = tuple(
+        choice.model_copy(update={"weight": float(weight)})
+        for choice, weight in zip(edge.choices, weights, strict=True)
+    )
+    return edge.model_copy(update={"choices": choices})

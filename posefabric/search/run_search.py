@@ -1,0 +1,31 @@
+"""The search stage: a supernet trains while a strategy moves its architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from posefabric.config import SearchConfig
+from posefabric.models.build import build_supernet
+from posefabric.models.supernet import Supernet
+from posefabric.run import RunFolder
+from posefabric.search.random import Random
+from posefabric.search.synchronous import Synchronous
+from posefabric.search.uniform import Uniform
+from posefabric.train.phase import train_phase
+from posefabric.train.strategy import Strategy
+
+STRATEGIES: dict[str, Callable[[SearchConfig], Strategy]] = {
+    "uniform": lambda config: Uniform(),
+    "random": lambda config: Random(),
+    "synchronous": Synchronous,
+}
+
+
+def search(run: RunFolder) -> tuple[Supernet, dict[str, Any]]:
+    """Search in a run folder of kind ``search``, from its newest checkpoint if it has one."""
+    config = run.config
+    network = build_supernet(config)
+    strategy = STRATEGIES[config.search.strategy](config.search)
+    result = train_phase(network, run=run, optim=config.search, strategy=strategy, phase="search")
+    return network, result

@@ -1,0 +1,49 @@
+"""Synchronous search: alpha and beta learn with the weights, on the same data (PAPER section 3)."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from posefabric.config import SearchConfig
+from posefabric.models.supernet import Supernet
+from posefabric.train.strategy import Strategy
+
+
+class Synchronous(Strategy):
+    """One Adam step moves weights, alpha and beta.
+
+    Past the paper, so that something can be pruned at the end: the temperature falls
+    geometrically from 1 to ``temperature_end``, and a penalty on the Gini impurity of every
+    choice rises to ``sparsity``, both from ``sparsity_start`` of the search on.
+    """
+
+    name = "synchronous"
+
+    def __init__(self, config: SearchConfig) -> None:
+        self.config = config
+
+    def parameter_groups(self, network: Supernet) -> list[dict[str, object]]:
+        return [
+            {
+                "params": list(network.arch_parameters().values()),
+                "lr": self.config.architecture_learning_rate,
+                "weight_decay": 0.0,
+            }
+        ]
+
+    def schedule(self, network: Supernet, progress: float) -> None:
+        temperature = math.exp(math.log(self.config.temperature_end) * self._share(progress))
+        network.get_buffer("temperature").fill_(temperature)
+
+    def penalty(self, network: Supernet, progress: float) -> Tensor | None:
+        weight = self.config.sparsity * self._share(progress)
+        return weight * network.indecision() if weight > 0 else None
+
+    def readings(self, network: Supernet) -> dict[str, float]:
+        return network.entropies()
+
+    def _share(self, progress: float) -> float:
+        start = self.config.sparsity_start
+        return min(1.0, max(0.0, (progress - start) / (1.0 - start)))

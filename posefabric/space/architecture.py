@@ -1,0 +1,171 @@
+"""The frozen, serialisable graph of a network: JSON in, JSON out.
+
+A mixture is the graph with every candidate kept, a compact network the graph with few.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from posefabric.structures import PosefabricError
+
+FORMAT_VERSION = 1
+
+SourceKind = Literal["same", "finer", "coarser"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Choice(_Frozen):
+    """One candidate operation of an edge, with the weight it is mixed by."""
+
+    operation: str
+    weight: float
+
+
+class Edge(_Frozen):
+    """The mixed operation from node ``start`` to node ``end`` (node 0 is the cell's input)."""
+
+    start: int
+    end: int
+    choices: tuple[Choice, ...]
+
+
+class Source(_Frozen):
+    """One input of a cell: the cell (or pyramid level) of layer - 1 at scale ``scale``.
+
+    ``kind`` says how it is brought to this cell's scale: ``same`` as it is, ``finer`` by a
+    strided 3x3 convolution, ``coarser`` by a 1x1 convolution and bilinear x2 upsampling.
+    ``slot`` (0 same, 1 finer, 2 coarser) is the place in beta; with border copies it can
+    differ from ``kind``.
+    """
+
+    kind: SourceKind
+    scale: int
+    weight: float
+    slot: int
+
+
+class Cell(_Frozen):
+    """A cell at layer ``layer`` and scale ``scale`` (stride 4 * 2**scale), ``width`` channels."""
+
+    layer: int
+    scale: int
+    width: int
+    sources: tuple[Source, ...]
+    edges: tuple[Edge, ...]
+
+
+class Part(_Frozen):
+    """One part's fabric: the keypoints it predicts and its cells, in order of computation."""
+
+    name: str
+    keypoints: tuple[int, ...]
+    cells: tuple[Cell, ...]
+
+
+class Head(_Frozen):
+    """How a part's representation becomes heatmaps.
+
+    ``kind`` heatmap: one map a keypoint; vector: ``dim`` values a pixel, scored by length.
+    ``scores``: softmax (trained by cross-entropy) or identity (trained by mean squared error).
+    ``peak``: the highest value of the normalised target Gaussian; a keypoint's score is its
+    probability divided by this.
+    """
+
+    kind: Literal["heatmap", "vector"] = "heatmap"
+    dim: int = 8
+    scores: Literal["softmax", "identity"] = "softmax"
+    peak: float = 1.0
+
+
+class Backbone(_Frozen):
+    """A feature pyramid: the channels at strides 4, 8, 16, 32, as far as any part uses them."""
+
+    name: str
+    channels: tuple[int, ...]
+
+
+class Architecture(_Frozen):
+    """The whole network as an explicit graph."""
+
+    format_version: int = FORMAT_VERSION
+    skeleton: str
+    keypoint_names: tuple[str, ...]
+    input_wh: tuple[int, int]
+    backbone: Backbone
+    first_layer: int
+    faithful: bool = False
+    head: Head = Field(default_factory=Head)
+    parts: tuple[Part, ...]
+
+    def to_json(self) -> str:
+        return json.dumps(self.model_dump(mode="json"), indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, *, origin: str = "architecture") -> Architecture:
+        """Read a graph back; PosefabricError names ``origin`` and the first wrong field."""
+        try:
+            architecture = cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(piece) for piece in first["loc"])
+            raise PosefabricError(
+                f"{origin}: not an architecture: {where}: {first['msg']}"
+            ) from error
+        if architecture.format_version != FORMAT_VERSION:
+            raise PosefabricError(
+                f"{origin}: format version {architecture.format_version}, this posefabric reads "
+                f"{FORMAT_VERSION}; export it again with the version that wrote it"
+            )
+        return architecture
+
+    @classmethod
+    def load(cls, path: Path | str) -> Architecture:
+        path = Path(path)
+        try:
+            return cls.from_json(path.read_text(), origin=str(path))
+        except OSError as error:
+            raise PosefabricError(f"{path}: cannot be read ({error.strerror})") from error
+
+    def digest(self) -> str:
+        """Sixteen hexadecimal digits that name this graph, weights included."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+    def diff(self, other: Architecture) -> list[str]:
+        """What another graph has lost, won or changed, one line each."""
+        mine, theirs = _flatten(self), _flatten(other)
+        lines = [f"- {key}" for key in mine if key not in theirs]
+        lines += [f"+ {key}" for key in theirs if key not in mine]
+        lines += [
+            f"~ {key}: {mine[key]} -> {theirs[key]}"
+            for key in mine
+            if key in theirs and mine[key] != theirs[key]
+        ]
+        return lines
+
+
+def _flatten(architecture: Architecture) -> dict[str, str]:
+    flat = {
+        "input_wh": str(architecture.input_wh),
+        "backbone": architecture.backbone.name,
+        "head": architecture.head.kind,
+    }
+    for part in architecture.parts:
+        for cell in part.cells:
+            place = f"{part.name} layer {cell.layer} scale {cell.scale}"
+            for source in cell.sources:
+                key = f"{place} from {source.kind} (slot {source.slot})"
+                flat[key] = f"{source.weight:.4f}"
+            for edge in cell.edges:
+                for choice in edge.choices:
+                    key = f"{place} edge {edge.start}-{edge.end} {choice.operation}"
+                    flat[key] = f"{choice.weight:.4f}"
+    return flat

@@ -1,0 +1,67 @@
+"""Which keypoints each fabric predicts, and how parts that share keypoints are summed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from posefabric.skeletons import Skeleton
+from posefabric.structures import PosefabricError
+
+
+def choose_parts(
+    skeleton: Skeleton, parts: int | str, *, seed: int = 0, count: int = 3
+) -> dict[str, tuple[int, ...]]:
+    """Part name to keypoint indices: a grouping of the skeleton's file (PAPER section 2).
+
+    ``"random"`` deals the keypoints into ``count`` parts by ``seed``, a control.
+    Raises PosefabricError for a grouping the skeleton does not have.
+    """
+    if parts == "random":
+        order = np.random.default_rng(seed).permutation(skeleton.num_keypoints)
+        groups = np.array_split(order, count)
+        return {
+            f"random_{i}": tuple(sorted(int(k) for k in group)) for i, group in enumerate(groups)
+        }
+    if parts not in skeleton.groupings:
+        known = ", ".join(str(p) for p in sorted(skeleton.groupings))
+        raise PosefabricError(
+            f"model.parts={parts}: skeleton {skeleton.name} has groupings for P = {known}; "
+            f"choose one or add it to the skeleton's file"
+        )
+    return {name: tuple(keypoints) for name, keypoints in skeleton.groupings[int(parts)].items()}
+
+
+class SumOfParts(torch.nn.Module):
+    """Joins the parts' maps in keypoint order; a keypoint in several parts is their sum."""
+
+    def __init__(self, parts: Sequence[Sequence[int]], num_keypoints: int) -> None:
+        super().__init__()
+        rows: list[list[int]] = [[] for _ in range(num_keypoints)]
+        for row, keypoint in enumerate(k for part in parts for k in part):
+            rows[keypoint].append(row)
+        missing = [k for k, found in enumerate(rows) if not found]
+        if missing:
+            raise PosefabricError(f"no part predicts keypoints {missing}; add them to a part")
+        total = sum(len(part) for part in parts)
+        self.depth = max(len(found) for found in rows)
+        # Row ``total`` is a map of zeros, for keypoints in fewer parts than the most shared one.
+        table = [
+            [found[i] if i < len(found) else total for found in rows] for i in range(self.depth)
+        ]
+        self.register_buffer("table", torch.tensor(table), persistent=False)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """Parts' (B, K_p, h, w) to (B, K, h, w)."""
+        table = self.get_buffer("table")
+        joined = torch.cat(list(maps), dim=1)
+        if self.depth == 1:
+            return joined.index_select(1, table[0])
+        joined = torch.cat([joined, torch.zeros_like(joined[:, :1])], dim=1)
+        result = joined.index_select(1, table[0])
+        for i in range(1, self.depth):
+            result = result + joined.index_select(1, table[i])
+        return result

@@ -1,0 +1,234 @@
+"""The training loop: guarded steps, live progress, exact resume."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from posefabric.config import OptimConfig
+from posefabric.data.pipeline import TrainingData
+from posefabric.models.network import first_non_finite
+from posefabric.run import RunFolder
+from posefabric.structures import PoseBatch, PosefabricError
+from posefabric.train.checkpoint import load_checkpoint, save_checkpoint
+from posefabric.train.loss import LOSSES
+from posefabric.train.optim import (
+    AveragedWeights,
+    make_optimiser,
+    rate_factor,
+    set_rate,
+    weight_groups,
+)
+from posefabric.train.progress import Progress, StopRequest
+from posefabric.train.strategy import Strategy
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class TrainingStopped(PosefabricError):
+    """The user asked to stop; a checkpoint is written."""
+
+
+@dataclass
+class Trainer:
+    """One phase of training a network in a run folder.
+
+    Attributes:
+        validate: called with the network every ``optim.evaluate_every`` epochs; its numbers
+            are logged beside the step.
+        phase: the label of this phase's records in metrics.jsonl.
+    """
+
+    network: nn.Module
+    data: TrainingData
+    run: RunFolder
+    optim: OptimConfig
+    strategy: Strategy
+    phase: str
+    seed: int
+    device: torch.device
+    validate: Callable[[nn.Module], dict[str, float]] | None = None
+    step: int = 0
+    seconds: float = 0.0
+    skipped_steps: int = 0
+    _bad_in_a_row: int = 0
+    _optimiser: Any = None
+    _average: AveragedWeights | None = None
+    _buffers: list[Tensor] = field(default_factory=list)
+    _kept_buffers: list[Tensor] = field(default_factory=list)
+
+    @property
+    def total_steps(self) -> int:
+        return max(1, round(self.optim.epochs * self.data.steps_per_epoch))
+
+    def fit(self) -> None:
+        """Train to the end, from the newest checkpoint if the run has one.
+
+        Raises TrainingStopped on Ctrl-C or SIGTERM, after writing a checkpoint, and
+        PosefabricError after too many non-finite steps in a row.
+        """
+        self._prepare()
+        self.run.set_state("running")
+        with StopRequest() as stop, Progress() as progress:
+            progress.start(self.total_steps, self.phase)
+            for step, crops in self.data.crops(self.step):
+                if step >= self.total_steps:
+                    break
+                if stop.requested:
+                    self._save()
+                    self.run.set_state("stopped")
+                    raise TrainingStopped(
+                        f"{self.run.path}: stopped at step {step} of {self.total_steps}; the same "
+                        f"command with --resume goes on from here"
+                    )
+                started = time.perf_counter()
+                batch = self.data.prepare(crops, step)
+                record = self._train_step(batch, step)
+                self.step = step + 1
+                self.seconds += time.perf_counter() - started
+                self._report(record, progress)
+        self._finish()
+
+    def _prepare(self) -> None:
+        generator = torch.Generator().manual_seed(self.seed)
+        self.strategy.prepare(self.network, generator)
+        architecture = self.strategy.parameter_groups(self.network)
+        self._optimiser = make_optimiser([*weight_groups(self.network, self.optim), *architecture])
+        if self.optim.ema:
+            self._average = AveragedWeights(self.network, self.optim.ema)
+        restored = load_checkpoint(self.run)
+        if restored is not None:
+            self._restore(*restored)
+        self.network.to(self.device, memory_format=torch.channels_last)
+        self.network.train()
+        self._buffers = [b for b in self.network.buffers() if b.is_floating_point()]
+        self._kept_buffers = [b.clone() for b in self._buffers]
+
+    def _train_step(self, batch: PoseBatch, step: int) -> dict[str, Any]:
+        progress = step / self.total_steps
+        self.strategy.schedule(self.network, progress)
+        factor = rate_factor(self.optim, progress)
+        set_rate(self._optimiser, factor)
+        self._optimiser.zero_grad(set_to_none=True)
+        torch._foreach_copy_(self._kept_buffers, self._buffers)
+        with torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.optim.precision == "bf16"
+        ):
+            outputs = self.network(batch.images)
+        loss = LOSSES[self.optim.loss](outputs.float(), batch.heatmaps, batch.weights)
+        penalty = self.strategy.penalty(self.network, progress)
+        objective = loss if penalty is None else loss + penalty
+        objective.backward()
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.optim.clip_norm)
+        finite = bool(torch.isfinite(objective.detach()) & torch.isfinite(norm))
+        record: dict[str, Any] = {
+            "phase": self.phase,
+            "step": step + 1,
+            "loss": float(loss.detach()),
+            "learning_rate": self.optim.learning_rate * factor,
+            "gradient_norm": float(norm),
+        }
+        if penalty is not None:
+            record["penalty"] = float(penalty.detach())
+        if not finite:
+            record["skipped"] = True
+            self._skip(batch)
+            return record
+        self._bad_in_a_row = 0
+        self._optimiser.step()
+        if self._average is not None:
+            self._average.update(self.network, step)
+        return record
+
+    def _skip(self, batch: PoseBatch) -> None:
+        # The forward pass has already moved the batch norms' statistics.
+        torch._foreach_copy_(self._buffers, self._kept_buffers)
+        self.skipped_steps += 1
+        self._bad_in_a_row += 1
+        if self._bad_in_a_row <= self.optim.max_bad_steps:
+            return
+        with torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.optim.precision == "bf16"
+        ):
+            culprit = first_non_finite(self.network, batch.images)
+        torch._foreach_copy_(self._buffers, self._kept_buffers)
+        self.run.set_state("failed")
+        raise PosefabricError(
+            f"{self.run.path}: {self._bad_in_a_row} steps in a row were not finite at step "
+            f"{self.step + 1}; first in "
+            f"{culprit or 'the loss or its gradient (the outputs are finite)'}; lower "
+            f"learning_rate, use precision=fp32, or look at the pictures with `posefabric data "
+            f"check`; the last checkpoint is good"
+        )
+
+    def _report(self, record: dict[str, Any], progress: Progress) -> None:
+        rate = len(self.data.loader.rows) and self.data.loader.batch_size * self.step / max(
+            self.seconds, 1e-9
+        )
+        shown = {"loss": record["loss"], "images_per_s": rate}
+        if self.step % self.optim.log_every == 0 or self.step == self.total_steps:
+            record["images_per_s"] = round(rate, 2)
+            record.update(self.strategy.readings(self.network))
+        shown.update({k: v for k, v in record.items() if k.endswith("entropy")})
+        if self._is_due(self.optim.evaluate_every) and self.validate is not None:
+            record.update({f"val_{k}": v for k, v in self.evaluate_average().items()})
+        self.run.log(record)
+        progress.update(self.step, shown)
+        if self.step % self.optim.checkpoint_every == 0:
+            self._save()
+
+    def _is_due(self, every_epochs: float) -> bool:
+        if every_epochs <= 0 or self.step == self.total_steps:
+            return False
+        return self.step % max(1, round(every_epochs * self.data.steps_per_epoch)) == 0
+
+    def evaluate_average(self) -> dict[str, float]:
+        """Validate with the averaged weights when there are any; the training ones come back."""
+        assert self.validate is not None
+        if self._average is None:
+            return self.validate(self.network)
+        kept = {name: value.clone() for name, value in self.network.state_dict().items()}
+        self._average.copy_to(self.network)
+        try:
+            return self.validate(self.network)
+        finally:
+            self.network.load_state_dict(kept)
+
+    def _save(self) -> None:
+        state = {
+            "phase": self.phase,
+            "network": self.network.state_dict(),
+            "optimiser": self._optimiser.state_dict(),
+            "average": None if self._average is None else self._average.state,
+            "seconds": self.seconds,
+            "skipped_steps": self.skipped_steps,
+            "bad_in_a_row": self._bad_in_a_row,
+            "total_steps": self.total_steps,
+        }
+        save_checkpoint(self.run, state, step=self.step)
+
+    def _restore(self, state: dict[str, Any], step: int) -> None:
+        if state["total_steps"] != self.total_steps:
+            raise PosefabricError(
+                f"{self.run.path}: the checkpoint is of a phase of {state['total_steps']} steps, "
+                f"this command asks for {self.total_steps}; resume with the run's own options"
+            )
+        self.network.load_state_dict(state["network"])
+        self._optimiser.load_state_dict(state["optimiser"])
+        if self._average is not None and state["average"] is not None:
+            self._average.state = state["average"]
+        self.seconds = state["seconds"]
+        self.skipped_steps = state["skipped_steps"]
+        self._bad_in_a_row = state["bad_in_a_row"]
+        self.step = step
+        self.run.rewind(step, self.phase)
+
+    def _finish(self) -> None:
+        if self._average is not None:
+            self._average.copy_to(self.network)
+        self.network.eval()

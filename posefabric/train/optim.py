@@ -1,0 +1,80 @@
+"""Optimiser, learning-rate schedule and averaged weights of one training phase."""
+
+from __future__ import annotations
+
+import bisect
+import math
+
+import torch
+from torch import Tensor, nn
+
+from posefabric.config import OptimConfig
+
+
+def weight_groups(network: nn.Module, config: OptimConfig) -> list[dict[str, object]]:
+    """Parameter groups of the weights: the backbone at its own rate, no decay on vectors."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in network.named_parameters():
+        if not parameter.requires_grad or name.startswith(("alphas.", "betas.")):
+            continue
+        key = (name.startswith("backbone."), parameter.ndim > 1)
+        groups.setdefault(key, []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": config.learning_rate * (config.backbone_factor if of_backbone else 1.0),
+            "weight_decay": config.weight_decay if decays else 0.0,
+        }
+        for (of_backbone, decays), parameters in groups.items()
+    ]
+
+
+def rate_factor(config: OptimConfig, progress: float) -> float:
+    """The learning rate's factor at ``progress`` 0..1 of the phase."""
+    if config.schedule == "one_cycle":
+        if progress < config.warmup:
+            return 0.04 + 0.96 * (1 - math.cos(math.pi * progress / config.warmup)) / 2
+        late = (progress - config.warmup) / (1 - config.warmup)
+        return 1e-3 + (1 - 1e-3) * (1 + math.cos(math.pi * min(late, 1.0))) / 2
+    if config.schedule == "steps":
+        return config.decay ** bisect.bisect_right(config.milestones, progress)
+    return 1.0
+
+
+def make_optimiser(groups: list[dict[str, object]]) -> torch.optim.Optimizer:
+    """Adam with decoupled weight decay; each group remembers its rate as ``base_lr``."""
+    for group in groups:
+        group["base_lr"] = group["lr"]
+    return torch.optim.AdamW(groups, fused=True)
+
+
+def set_rate(optimiser: torch.optim.Optimizer, factor: float) -> None:
+    for group in optimiser.param_groups:
+        group["lr"] = group["base_lr"] * factor
+
+
+class AveragedWeights:
+    """Exponential moving average of a network's floating-point state."""
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.state = {name: value.detach().clone() for name, value in _floats(network).items()}
+
+    @torch.no_grad()
+    def update(self, network: nn.Module, step: int) -> None:
+        """Move towards the network; early on faster, so that the start is forgotten."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        values = _floats(network)
+        names = list(self.state)
+        torch._foreach_lerp_(
+            [self.state[n] for n in names], [values[n] for n in names], weight=1 - decay
+        )
+
+    @torch.no_grad()
+    def copy_to(self, network: nn.Module) -> None:
+        for name, value in _floats(network).items():
+            value.copy_(self.state[name])
+
+
+def _floats(network: nn.Module) -> dict[str, Tensor]:
+    return {n: v for n, v in network.state_dict().items() if v.is_floating_point()}

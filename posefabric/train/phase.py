@@ -1,0 +1,118 @@
+"""One phase of a run from its options to trained, evaluated weights on disk."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from posefabric.config import Config, OptimConfig
+from posefabric.data.crop import CropGeometry
+from posefabric.data.pipeline import TrainingData, make_codec, open_dataset
+from posefabric.evaluate.runner import evaluate_network
+from posefabric.models.build import choose_device
+from posefabric.models.network import FabricNetwork
+from posefabric.run import RunFolder
+from posefabric.structures import PersonDataset
+from posefabric.train.checkpoint import save_weights
+from posefabric.train.loop import Trainer
+from posefabric.train.strategy import Strategy
+
+_log = logging.getLogger(__name__)
+
+
+def train_phase(
+    network: FabricNetwork,
+    *,
+    run: RunFolder,
+    optim: OptimConfig,
+    strategy: Strategy,
+    phase: str,
+    dataset: PersonDataset | None = None,
+    validation: PersonDataset | None = None,
+) -> dict[str, Any]:
+    """Train, save weights and architecture, evaluate on the validation persons.
+
+    Goes on from the run's newest checkpoint when it has one. Returns the evaluation, which is
+    also written to ``evaluation.json``.
+    """
+    config = run.config
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = choose_device(config.device)
+    validation = open_dataset(config.data, "val") if validation is None else validation
+    data = TrainingData.open(
+        config,
+        batch_size=optim.batch_size,
+        normalisation=network.normalisation,
+        seed=config.seed,
+        device=device,
+        dataset=dataset,
+    )
+    trainer = Trainer(
+        network=network,
+        data=data,
+        run=run,
+        optim=optim,
+        strategy=strategy,
+        phase=phase,
+        seed=config.seed,
+        device=device,
+        validate=lambda current: headline(evaluate(current, config, validation, device=device)),
+    )
+    trainer.fit()
+    save_weights(run.weights_path, network)
+    run.write_text(run.architecture_path.name, network.architecture().to_json())
+    result = evaluate(network, config, validation, device=device)
+    result["train_seconds"] = trainer.seconds
+    result["train_steps"] = trainer.step
+    result["skipped_steps"] = trainer.skipped_steps
+    result["unreadable_train_files"] = len(data.loader.unreadable)
+    if data.loader.unreadable:
+        _log.warning("%d unreadable training pictures were skipped", len(data.loader.unreadable))
+    run.write_json("evaluation.json", result)
+    run.log(
+        {
+            "phase": phase,
+            "step": trainer.step,
+            **{f"val_{k}": v for k, v in headline(result).items()},
+        }
+    )
+    run.set_state("finished", train_seconds=trainer.seconds)
+    return result
+
+
+def evaluate(
+    network: FabricNetwork,
+    config: Config,
+    dataset: PersonDataset,
+    *,
+    device: torch.device | None = None,
+    flip: bool = True,
+    **options: Any,
+) -> dict[str, Any]:
+    """All measures of a network on a data set, under the configuration's crop and codec."""
+    return evaluate_network(
+        network,
+        dataset,
+        geometry=CropGeometry(input_wh=config.data.input_wh, preset=config.data.preset),
+        codec=make_codec(config.data),
+        normalisation=network.normalisation,
+        flip=flip,
+        device=device,
+        on_bad_image=config.data.on_bad_image,
+        **options,
+    )
+
+
+def headline(result: dict[str, Any]) -> dict[str, float]:
+    """The few numbers of an evaluation that a log line carries."""
+    numbers = {}
+    if result.get("pck"):
+        numbers["PCK"] = result["pck"]["PCK"]
+        if result["pck"].get("limbs") is not None:
+            numbers["PCK_limbs"] = result["pck"]["limbs"]
+    if result.get("oks"):
+        numbers["AP"] = result["oks"]["AP"]
+    return {name: round(float(value), 6) for name, value in numbers.items() if value is not None}

@@ -1,0 +1,80 @@
+"""Networks with random weights and random statistics, for tests that compare outputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from posefabric.models.backbones import TimmBackbone
+from posefabric.models.compact import CompactNetwork
+from posefabric.models.supernet import Supernet
+from posefabric.space.architecture import Architecture, Head
+from posefabric.space.fabric import FabricShape
+from posefabric.space.operations import OPERATIONS
+
+PLAIN = ("zero", "skip", "sep_conv_3x3", "dil_conv_3x3")
+EVERY = tuple(OPERATIONS)
+
+
+def shake(network: nn.Module, seed: int) -> None:
+    """Give every weight and statistic a value that a wrong copy or fold would show."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in network.state_dict().items():
+            if not tensor.is_floating_point() or name == "temperature":
+                continue
+            noise = torch.randn(tensor.shape, generator=generator).to(tensor)
+            if name.endswith("running_var"):
+                tensor.copy_(1 + 0.5 * torch.tanh(noise))
+            elif name.startswith(("alphas", "betas")):
+                tensor.copy_(noise)
+            elif tensor.ndim > 1:
+                tensor.copy_(noise * (1.5 / tensor[0].numel()) ** 0.5)
+            elif name.endswith("weight"):
+                tensor.copy_(1 + 0.2 * noise)
+            else:
+                tensor.copy_(0.1 * noise)
+
+
+def make_supernet(
+    *,
+    seed: int = 0,
+    operations: tuple[str, ...] = PLAIN,
+    hidden_nodes: int = 1,
+    faithful: bool = False,
+    relaxation: str = "softmax",
+    head: str = "heatmap",
+    shared_alpha: bool = True,
+    parts: dict[str, tuple[int, ...]] | None = None,
+    channel_factor: int = 2,
+    first_layer: int = 3,
+    backbone: str = "test_efficientnet",
+) -> Supernet:
+    """A small supernet of four keypoints, one of them shared by two parts."""
+    torch.manual_seed(seed)
+    shape = FabricShape(
+        depth=6,
+        first_layer=first_layer,
+        channel_factor=channel_factor,
+        hidden_nodes=hidden_nodes,
+        operations=operations,
+        faithful=faithful,
+    )
+    network = Supernet(
+        shape=shape,
+        parts=parts or {"upper": (0, 2), "lower": (1, 2, 3)},
+        backbone=TimmBackbone(backbone, levels=shape.pyramid_levels),
+        skeleton="four",
+        keypoint_names=("a", "b", "c", "d"),
+        input_wh=(64, 64),
+        head=Head(kind=head, scores="softmax", peak=0.1),  # type: ignore[arg-type]
+        relaxation=relaxation,
+        shared_alpha=shared_alpha,
+    )
+    shake(network, seed)
+    return network.eval()
+
+
+def make_compact(graph: Architecture) -> CompactNetwork:
+    levels = len(graph.backbone.channels)
+    return CompactNetwork(graph=graph, backbone=TimmBackbone(graph.backbone.name, levels=levels))
