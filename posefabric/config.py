@@ -34,19 +34,21 @@ class DataConfig(_Section):
     test_annotations: str | None = None
     test_images: str = "test"
     boxes: str | None = Field(
-        None, description="detections JSON for evaluation; none: ground truth"
+        default=None, description="detections JSON for evaluation; none: ground truth"
     )
-    box_score_threshold: float = Field(0.0, ge=0, le=1)
+    box_score_threshold: float = Field(default=0.0, ge=0, le=1)
     on_bad_image: Literal["error", "skip"] = "error"
-    synthetic_train: int = Field(2000, ge=1)
-    synthetic_val: int = Field(300, ge=1)
+    synthetic_train: int = Field(default=2000, ge=1)
+    synthetic_val: int = Field(default=300, ge=1)
     synthetic_seed: int = 0
     input_wh: tuple[int, int] = (128, 128)
     preset: Literal["hrnet", "udp", "posenfs"] = "hrnet"
-    sigma: float | None = Field(None, gt=0, description="heatmap pixels; none: by input height")
-    workers: int = Field(1, ge=0)
+    sigma: float | None = Field(
+        default=None, gt=0, description="heatmap pixels; none: by input height"
+    )
+    workers: int = Field(default=1, ge=0)
     cache: bool = Field(
-        True, description="keep decoded uint8 crops in memory after the first epoch"
+        default=True, description="keep decoded uint8 crops in memory after the first epoch"
     )
 
     @field_validator("input_wh")
@@ -60,61 +62,77 @@ class DataConfig(_Section):
 class AugmentConfig(_Section):
     """Augmentation ranges; the transforms are drawn anew for every person and epoch."""
 
-    scale: float = Field(0.3, ge=0, lt=1, description="zoom factor in 1 - scale .. 1 + scale")
-    rotation: float = Field(
-        45.0, ge=0, le=180, description="degrees, clipped normal: sigma, cut at 2x"
+    scale: float = Field(
+        default=0.3, ge=0, lt=1, description="zoom factor in 1 - scale .. 1 + scale"
     )
-    rotation_probability: float = Field(0.6, ge=0, le=1)
-    flip: float = Field(0.5, ge=0, le=1)
-    half_body: float = Field(0.0, ge=0, le=1)
-    translate: float = Field(0.0, ge=0, le=0.5, description="shift, fraction of the box")
-    colour: float = Field(0.2, ge=0, le=1, description="brightness, contrast and channel gain")
+    rotation: float = Field(
+        default=45.0, ge=0, le=180, description="degrees, clipped normal: sigma, cut at 2x"
+    )
+    rotation_probability: float = Field(default=0.6, ge=0, le=1)
+    flip: float = Field(default=0.5, ge=0, le=1)
+    half_body: float = Field(default=0.0, ge=0, le=1)
+    translate: float = Field(default=0.0, ge=0, le=0.5, description="shift, fraction of the box")
+    colour: float = Field(
+        default=0.2, ge=0, le=1, description="brightness, contrast and channel gain"
+    )
 
 
 class ModelConfig(_Section):
     """The supernet: one backbone and one fabric for each part (PAPER: cell-based neural fabric)."""
 
     backbone: str = "tf_efficientnet_lite0"
-    weights: str = Field("embedded", description="embedded, hub, none, or a local weights file")
-    parts: int | Literal["random"] = Field(3, description="a grouping of the skeleton file")
-    channel_factor: int = Field(8, ge=1, description="C: a node has 4 C 2**scale channels")
-    depth: int = Field(6, ge=1)
-    first_layer: int = Field(3, ge=0)
-    hidden_nodes: int = Field(1, ge=1, le=4)
+    weights: str = Field(
+        default="embedded", description="embedded, hub, none, or a local weights file"
+    )
+    parts: int | Literal["random"] = Field(default=3, description="a grouping of the skeleton file")
+    channel_factor: int = Field(default=8, ge=1, description="C: a node has 4 C 2**scale channels")
+    depth: int = Field(default=6, ge=1)
+    first_layer: int = Field(default=3, ge=0)
+    hidden_nodes: int = Field(default=1, ge=1, le=4)
     operations: tuple[str, ...] = ("zero", "skip", "sep_conv_3x3", "dil_conv_3x3")
     shared_alpha: bool = True
     faithful: bool = False
     frozen_stem: bool = Field(
-        False, description="freeze the backbone up to stride 4: a third less time a step"
+        default=False, description="freeze the backbone up to stride 4: a third less time a step"
     )
     head: Literal["heatmap", "vector"] = "heatmap"
-    vector_dim: int = Field(8, ge=1)
+    vector_dim: int = Field(default=8, ge=1)
 
 
 class OptimConfig(_Section):
     """One training phase."""
 
     epochs: float = Field(
-        3.0, gt=0, description="passes over the training persons; may be a fraction"
+        default=3.0, gt=0, description="passes over the training persons; may be a fraction"
     )
-    batch_size: int = Field(32, ge=2)
-    learning_rate: float = Field(1e-3, gt=0)
-    backbone_factor: float = Field(1.0, ge=0, description="learning rate of the backbone, relative")
-    weight_decay: float = Field(0.0, ge=0)
+    batch_size: int = Field(default=32, ge=2)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    backbone_factor: float = Field(
+        default=1.0, ge=0, description="learning rate of the backbone, relative"
+    )
+    weight_decay: float = Field(default=0.0, ge=0)
     schedule: Literal["one_cycle", "steps", "constant"] = "one_cycle"
-    milestones: tuple[float, ...] = Field((0.45, 0.6, 0.75), description="fractions, for steps")
-    decay: float = Field(0.25, gt=0, le=1, description="factor at a milestone")
-    warmup: float = Field(0.15, ge=0, lt=1, description="rising share of a one-cycle schedule")
-    clip_norm: float = Field(5.0, gt=0)
-    ema: float = Field(0.0, ge=0, lt=1, description="decay of the averaged weights; 0: none")
+    milestones: tuple[float, ...] = Field(
+        default=(0.45, 0.6, 0.75), description="fractions, for steps"
+    )
+    decay: float = Field(default=0.25, gt=0, le=1, description="factor at a milestone")
+    warmup: float = Field(
+        default=0.15, ge=0, lt=1, description="rising share of a one-cycle schedule"
+    )
+    clip_norm: float = Field(default=5.0, gt=0)
+    ema: float = Field(
+        default=0.0, ge=0, lt=1, description="decay of the averaged weights; 0: none"
+    )
     loss: Literal["cross_entropy", "mse"] = "cross_entropy"
     precision: Literal["fp32", "bf16"] = "fp32"
-    log_every: int = Field(10, ge=1)
-    checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
+    log_every: int = Field(default=10, ge=1)
+    checkpoint_every: int = Field(default=100, ge=1, description="steps between checkpoints")
     evaluate_every: float = Field(
-        0.0, ge=0, description="epochs between validations; 0: at the end"
+        default=0.0, ge=0, description="epochs between validations; 0: at the end"
     )
-    max_bad_steps: int = Field(10, ge=0, description="skipped non-finite steps before stopping")
+    max_bad_steps: int = Field(
+        default=10, ge=0, description="skipped non-finite steps before stopping"
+    )
 
 
 class SearchConfig(OptimConfig):
@@ -123,21 +141,29 @@ class SearchConfig(OptimConfig):
     strategy: Literal["uniform", "random", "synchronous"] = "synchronous"
     relaxation: Literal["softmax", "sparsemax"] = "softmax"
     temperature_end: float = Field(
-        1.0, gt=0, le=1, description="logits are divided by it at the end"
+        default=1.0, gt=0, le=1, description="logits are divided by it at the end"
     )
-    architecture_learning_rate: float = Field(1e-2, gt=0)
-    sparsity: float = Field(0.0, ge=0, description="weight of the entropy penalty at the end")
+    architecture_learning_rate: float = Field(default=1e-2, gt=0)
+    sparsity: float = Field(
+        default=0.0, ge=0, description="weight of the entropy penalty at the end"
+    )
     sparsity_start: float = Field(
-        0.3, ge=0, lt=1, description="share of the search before it rises"
+        default=0.3, ge=0, lt=1, description="share of the search before it rises"
     )
 
 
 class DeriveConfig(_Section):
     """From a mixture to a compact network."""
 
-    threshold: float = Field(0.0, ge=0, lt=1, description="drop choices below this; 0: lossless")
-    operations_kept: int | None = Field(None, ge=1, description="most candidates an edge keeps")
-    sources_kept: int | None = Field(None, ge=1, le=3, description="most sources a cell keeps")
+    threshold: float = Field(
+        default=0.0, ge=0, lt=1, description="drop choices below this; 0: lossless"
+    )
+    operations_kept: int | None = Field(
+        default=None, ge=1, description="most candidates an edge keeps"
+    )
+    sources_kept: int | None = Field(
+        default=None, ge=1, le=3, description="most sources a cell keeps"
+    )
     fold: bool = True
     finetune: bool = False
 
@@ -146,9 +172,9 @@ class Config(_Section):
     """Everything an experiment is made of."""
 
     name: str = "experiment"
-    seed: int = Field(0, ge=0)
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    threads: int | None = Field(None, ge=1)
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
+    threads: int | None = Field(default=None, ge=1)
     data: DataConfig = Field(default_factory=DataConfig)
     augment: AugmentConfig = Field(default_factory=AugmentConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
@@ -174,14 +200,18 @@ def load_config(name_or_path: str | None, overrides: Sequence[str] = ()) -> Conf
         path = _find_yaml(name_or_path)
         origin = str(path)
         try:
-            loaded = yaml.safe_load(path.read_text())
-        except (OSError, yaml.YAMLError) as error:
+            loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise PosefabricError(f"{path}: cannot be read as YAML: {error}") from error
         if loaded is not None and not isinstance(loaded, dict):
             raise PosefabricError(
                 f"{path}: expected sections and options, got {type(loaded).__name__}"
             )
-        tree = loaded or {}
+        # A section whose options are all commented out is a section of defaults.
+        tree = {
+            key: {} if value is None and key in _sections() else value
+            for key, value in (loaded or {}).items()
+        }
     for override in overrides:
         _apply_override(tree, override)
     return config_from_tree(tree, origin=origin)
@@ -242,6 +272,10 @@ def _explain(error: ValidationError, origin: str) -> str:
         else:
             lines.append(f"{origin}: {where}: {item['msg']}, got {item['input']!r}")
     return "\n".join(lines)
+
+
+def _sections() -> list[str]:
+    return [name for name, field in Config.model_fields.items() if field.default_factory]
 
 
 def _options(location: Sequence[Any]) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 
 from posefabric.config import AugmentConfig, Config, DataConfig
@@ -132,7 +133,9 @@ class TrainingData:
 
     def prepare(self, crops: CropBatch, step: int) -> PoseBatch:
         """Augmented batch on the device; its randomness depends on (seed, step) only."""
-        generator = torch.Generator().manual_seed((self.seed << 32) + step)
+        # Mixed to 32 bits first: of a longer seed a CPU generator uses no more.
+        mixed = np.random.SeedSequence([self.seed, step]).generate_state(1)
+        generator = torch.Generator().manual_seed(int(mixed[0]))
         return prepare_batch(
             crops,
             geometry=self.geometry,

@@ -68,7 +68,7 @@ def draw_architecture(
     rows = -(-len(parts) // columns)
     extent = panel_extent(architecture)
     panel = (extent.width * UNIT_WH[0], extent.height * UNIT_WH[1])
-    head, foot = 0.62, 0.1 if legend_inside else panel[1] if columns == 1 else 0.85
+    head, foot = 0.62, 0.1 if legend_inside else panel[1] if columns == 1 else 1.0
     width, height = columns * panel[0], rows * panel[1] + head + foot
     if len(parts) == 1 and columns > 1:
         width = panel[0] + _LEGEND  # beside one panel the legend needs less than a panel
@@ -242,4 +242,5 @@ def _draw_legend(
             ncols=2 if handles is operations and len(handles) > 3 else 1, labelcolor=INK,
             title_fontproperties={"weight": "bold", "size": 8.5},
         )  # fmt: skip
-        axes.add_artist(legend)
+        if handles is not operations:  # a new legend replaces one that was not added by hand
+            axes.add_artist(legend)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from posefabric.models.compact import CompactNetwork
-from posefabric.space.cell import Cell, edge_name
+from posefabric.space.cell import Cell, FromCoarser, FromFiner, edge_name
 from posefabric.space.fabric import CellWeights, cell_name
 
 
@@ -54,6 +54,8 @@ def _fold_cell(cell: Cell, weights: CellWeights) -> CellWeights:
             merged = True
             continue
         module = cell.sources[str(source.slot)]
+        assert isinstance(module, FromFiner | FromCoarser)
+        assert isinstance(module.norm, nn.BatchNorm2d)
         module.conv = _scaled(fuse_conv_bn_eval(module.conv, module.norm), after=weight / factor)
         module.norm = nn.Identity()
         source_weights.append(1.0)
@@ -99,13 +101,18 @@ def _fold_operation(module: nn.Module, *, before: float, after: float, width: in
         return _scaled(module, before=before, after=after)
     if isinstance(module, nn.Sequential):
         pool, norm = module
+        assert isinstance(norm, nn.BatchNorm2d)
         return nn.Sequential(pool, _affine_of_norm(norm, before=before, after=after))
     layers = module.get_submodule("operation")
     assert isinstance(layers, nn.Sequential)
     _fuse_pairs(layers)
-    places = [i for i, layer in enumerate(layers) if isinstance(layer, nn.Conv2d)]
-    layers[places[0]] = _scaled(layers[places[0]], before=before)
-    layers[places[-1]] = _scaled(layers[places[-1]], after=after)
+    convolutions = {i: layer for i, layer in enumerate(layers) if isinstance(layer, nn.Conv2d)}
+    for place in {min(convolutions), max(convolutions)}:
+        layers[place] = _scaled(
+            convolutions[place],
+            before=before if place == min(convolutions) else 1.0,
+            after=after if place == max(convolutions) else 1.0,
+        )
     return module
 
 

@@ -25,9 +25,10 @@ def transfer_weights(source: FabricNetwork, target: CompactNetwork) -> None:
     for name, tensor in wanted.items():
         value = special.get(name, given.get(name))
         if value is None or value.shape != tensor.shape:
+            found = "no such tensor" if value is None else str(tuple(value.shape))
             raise PosefabricError(
-                f"{name}: the larger network has {'no such tensor' if value is None else tuple(value.shape)}, "
-                f"the derived one needs {tuple(tensor.shape)}; derive from the run it came from"
+                f"{name}: the larger network has {found}, the derived one needs "
+                f"{tuple(tensor.shape)}; derive from the run it came from"
             )
         tensor.copy_(value)
 

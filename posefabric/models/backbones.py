@@ -51,14 +51,10 @@ class TimmBackbone(nn.Module):
         )
         _drop_unused_stages(self.body)
         self.channels: tuple[int, ...] = tuple(self.body.feature_info.channels())
-        settings = probe.default_cfg if hasattr(probe, "default_cfg") else {}
-        settings = timm.get_pretrained_cfg(name).to_dict() if not settings else settings
         keep_depthwise_exact(self.body)
         self._frozen: list[nn.Module] = []
-        self.normalisation = Normalisation(
-            mean=tuple(settings.get("mean", (0.485, 0.456, 0.406))),
-            std=tuple(settings.get("std", (0.229, 0.224, 0.225))),
-        )
+        settings = timm.get_pretrained_cfg(name)
+        self.normalisation = Normalisation(mean=tuple(settings.mean), std=tuple(settings.std))
 
     def forward(self, images: Tensor) -> list[Tensor]:
         return self.body(images)

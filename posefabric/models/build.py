@@ -9,6 +9,7 @@ from posefabric.data.pipeline import make_codec
 from posefabric.models.backbones import TimmBackbone, build_backbone
 from posefabric.models.compact import CompactNetwork, build_compact
 from posefabric.models.supernet import Supernet
+from posefabric.models.weights import load_weights
 from posefabric.run import RunFolder
 from posefabric.skeletons import load_skeleton
 from posefabric.space.architecture import Architecture, Head
@@ -83,8 +84,6 @@ def build_supernet(config: Config, *, pretrained: bool = True) -> Supernet:
 
 def load_network(run: RunFolder) -> Supernet | CompactNetwork:
     """The trained network of a finished run: a mixture for a search, else a compact one."""
-    from posefabric.train.checkpoint import load_weights
-
     if not run.weights_path.is_file():
         raise PosefabricError(
             f"{run.path}: has no {run.weights_path.name} (state: {run.state}); let it finish with "

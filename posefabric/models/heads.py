@@ -21,8 +21,10 @@ class PartHead(nn.Module):
         self.head = head
         self.num_keypoints = num_keypoints
         dim = head.dim if head.kind == "vector" else 1
+        # A squared length has no gradient at 0, so vectors start away from it.
+        spread = 0.05 if head.kind == "vector" else 0.001
         self.final_layer = nn.Sequential(nn.ReLU(), nn.Conv2d(width, num_keypoints * dim, 1))
-        nn.init.normal_(self.final_layer[1].weight, std=0.001 if dim == 1 else 0.05)  # type: ignore[arg-type]
+        nn.init.normal_(self.final_layer[1].weight, std=spread)  # type: ignore[arg-type]
         nn.init.zeros_(self.final_layer[1].bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:

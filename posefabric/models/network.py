@@ -96,7 +96,9 @@ class FabricNetwork(nn.Module):
 
 
 def first_non_finite(network: nn.Module, images: Tensor) -> str | None:
-    """Name of the first module, in order of computation, whose output is not finite."""
+    """The first module, in order of computation, whose output is not finite, or the images."""
+    if not torch.isfinite(images).all():
+        return "the input images"
     found: list[str] = []
 
     def watch(name: str):

@@ -113,34 +113,42 @@ class Architecture(_Frozen):
     def from_json(cls, text: str, *, origin: str = "architecture") -> Architecture:
         """Read a graph back; PosefabricError names ``origin`` and the first wrong field."""
         try:
-            architecture = cls.model_validate_json(text)
+            tree = json.loads(text)
+        except ValueError as error:
+            raise PosefabricError(f"{origin}: not an architecture: no JSON: {error}") from error
+        # Before the fields, which another version may have renamed.
+        version = tree.get("format_version", FORMAT_VERSION) if isinstance(tree, dict) else None
+        if isinstance(version, int) and version != FORMAT_VERSION:
+            raise PosefabricError(
+                f"{origin}: format version {version}, this posefabric reads {FORMAT_VERSION}; "
+                f"export it again with the version that wrote it"
+            )
+        try:
+            return cls.model_validate_json(text)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(piece) for piece in first["loc"])
             raise PosefabricError(
                 f"{origin}: not an architecture: {where}: {first['msg']}"
             ) from error
-        if architecture.format_version != FORMAT_VERSION:
-            raise PosefabricError(
-                f"{origin}: format version {architecture.format_version}, this posefabric reads "
-                f"{FORMAT_VERSION}; export it again with the version that wrote it"
-            )
-        return architecture
 
     @classmethod
     def load(cls, path: Path | str) -> Architecture:
         path = Path(path)
         try:
-            return cls.from_json(path.read_text(), origin=str(path))
+            text = path.read_text(encoding="utf-8")
         except OSError as error:
             raise PosefabricError(f"{path}: cannot be read ({error.strerror})") from error
+        except UnicodeDecodeError as error:
+            raise PosefabricError(f"{path}: not an architecture: no UTF-8 text") from error
+        return cls.from_json(text, origin=str(path))
 
     def digest(self) -> str:
         """Sixteen hexadecimal digits that name this graph, weights included."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
 
     def diff(self, other: Architecture) -> list[str]:
-        """What another graph has lost, won or changed, one line each."""
+        """What another graph has lost (-), won (+) or changed (~), one line each."""
         mine, theirs = _flatten(self), _flatten(other)
         lines = [f"- {key}" for key in mine if key not in theirs]
         lines += [f"+ {key}" for key in theirs if key not in mine]
@@ -153,14 +161,20 @@ class Architecture(_Frozen):
 
 
 def _flatten(architecture: Architecture) -> dict[str, str]:
+    backbone, head = architecture.backbone, architecture.head
     flat = {
+        "skeleton": f"{architecture.skeleton} {', '.join(architecture.keypoint_names)}",
         "input_wh": str(architecture.input_wh),
-        "backbone": architecture.backbone.name,
-        "head": architecture.head.kind,
+        "backbone": f"{backbone.name} {backbone.channels}",
+        "first_layer": str(architecture.first_layer),
+        "faithful": str(architecture.faithful),
+        "head": f"{head.kind}, dim {head.dim}, {head.scores}, peak {head.peak:.4f}",
     }
     for part in architecture.parts:
+        flat[f"{part.name}: keypoints"] = str(part.keypoints)
         for cell in part.cells:
             place = f"{part.name} layer {cell.layer} scale {cell.scale}"
+            flat[place] = f"{cell.width} channels"
             for source in cell.sources:
                 key = f"{place} from {source.kind} (slot {source.slot})"
                 flat[key] = f"{source.weight:.4f}"

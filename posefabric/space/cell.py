@@ -22,7 +22,7 @@ class FromFiner(nn.Module):
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(width_in, width_out, 3, stride=2, padding=1)
-        self.norm = nn.BatchNorm2d(width_out)
+        self.norm: nn.Module = nn.BatchNorm2d(width_out)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(x))
@@ -34,7 +34,7 @@ class FromCoarser(nn.Module):
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(width_in, width_out, 1)
-        self.norm = nn.BatchNorm2d(width_out)
+        self.norm: nn.Module = nn.BatchNorm2d(width_out)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(self.conv(x))
@@ -75,7 +75,7 @@ class Cell(nn.Module):
         )
         self.keep = nn.Conv2d(graph.width * len(self.nodes), graph.width, 1)
         # The released code leaves the cell's output unnormalised, which bf16 does not bear.
-        self.norm = nn.Identity() if faithful else nn.BatchNorm2d(graph.width)
+        self.norm: nn.Module = nn.Identity() if faithful else nn.BatchNorm2d(graph.width)
 
     def _build_choices(self, edge: Edge) -> nn.ModuleDict:
         width = self.graph.width

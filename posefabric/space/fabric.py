@@ -145,8 +145,9 @@ class Fabric(nn.Module):
         result: Tensor | None = None
         for cell, own in zip(self.graph.cells, weights, strict=True):
             inputs = layers.get(cell.layer - 1, {})
-            result = self.cells[cell_name(cell)](inputs, own.sources, own.choices, finest=finest)
-            layers.setdefault(cell.layer, {})[cell.scale] = result
+            module = self.cells[cell_name(cell)]
+            output: Tensor = module(inputs, own.sources, own.choices, finest=finest)
+            layers.setdefault(cell.layer, {})[cell.scale] = result = output
         assert result is not None, "a part has at least one cell"
         return result
 

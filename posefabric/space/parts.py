@@ -40,6 +40,12 @@ class SumOfParts(torch.nn.Module):
 
     def __init__(self, parts: Sequence[Sequence[int]], num_keypoints: int) -> None:
         super().__init__()
+        beyond = [k for part in parts for k in part if not 0 <= k < num_keypoints]
+        if beyond:
+            raise PosefabricError(
+                f"parts predict keypoints {beyond}, there are 0 .. {num_keypoints - 1}; "
+                f"correct the parts"
+            )
         rows: list[list[int]] = [[] for _ in range(num_keypoints)]
         for row, keypoint in enumerate(k for part in parts for k in part):
             rows[keypoint].append(row)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,10 +12,15 @@ from torch import Tensor, nn
 
 from posefabric.config import OptimConfig
 from posefabric.data.pipeline import TrainingData
-from posefabric.models.network import first_non_finite
+from posefabric.models.network import FabricNetwork, first_non_finite
 from posefabric.run import RunFolder
-from posefabric.structures import PoseBatch, PosefabricError
-from posefabric.train.checkpoint import load_checkpoint, save_checkpoint
+from posefabric.structures import CropBatch, DataError, PoseBatch, PosefabricError
+from posefabric.train.checkpoint import (
+    capture_random_state,
+    load_checkpoint,
+    restore_random_state,
+    save_checkpoint,
+)
 from posefabric.train.loss import LOSSES
 from posefabric.train.optim import (
     AveragedWeights,
@@ -44,7 +49,7 @@ class Trainer:
         phase: the label of this phase's records in metrics.jsonl.
     """
 
-    network: nn.Module
+    network: FabricNetwork
     data: TrainingData
     run: RunFolder
     optim: OptimConfig
@@ -52,7 +57,7 @@ class Trainer:
     phase: str
     seed: int
     device: torch.device
-    validate: Callable[[nn.Module], dict[str, float]] | None = None
+    validate: Callable[[FabricNetwork], dict[str, float]] | None = None
     step: int = 0
     seconds: float = 0.0
     skipped_steps: int = 0
@@ -69,14 +74,16 @@ class Trainer:
     def fit(self) -> None:
         """Train to the end, from the newest checkpoint if the run has one.
 
-        Raises TrainingStopped on Ctrl-C or SIGTERM, after writing a checkpoint, and
-        PosefabricError after too many non-finite steps in a row.
+        Raises TrainingStopped on Ctrl-C or SIGTERM and DataError for a picture that cannot be
+        read, both after writing a checkpoint, and PosefabricError after too many non-finite
+        steps in a row.
         """
         self._prepare()
         self.run.set_state("running")
         with StopRequest() as stop, Progress() as progress:
-            progress.start(self.total_steps, self.phase)
-            for step, crops in self.data.crops(self.step):
+            progress.start(self.total_steps, self.phase, step=self.step)
+            started = time.perf_counter()
+            for step, crops in self._crops():
                 if step >= self.total_steps:
                     break
                 if stop.requested:
@@ -86,15 +93,28 @@ class Trainer:
                         f"{self.run.path}: stopped at step {step} of {self.total_steps}; the same "
                         f"command with --resume goes on from here"
                     )
-                started = time.perf_counter()
                 batch = self.data.prepare(crops, step)
                 record = self._train_step(batch, step)
                 self.step = step + 1
-                self.seconds += time.perf_counter() - started
+                now = time.perf_counter()
+                self.seconds += now - started
+                started = now
                 self._report(record, progress)
         self._finish()
 
+    def _crops(self) -> Iterator[tuple[int, CropBatch]]:
+        try:
+            yield from self.data.crops(self.step)
+        except DataError:
+            # What is learned so far outlives a bad picture.
+            self._save()
+            raise
+
     def _prepare(self) -> None:
+        # First, so that averages and optimiser states come to lie beside the weights.
+        self.network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        # Only a backbone with dropout draws from the global generator.
+        torch.manual_seed(self.seed)
         generator = torch.Generator().manual_seed(self.seed)
         self.strategy.prepare(self.network, generator)
         architecture = self.strategy.parameter_groups(self.network)
@@ -104,7 +124,6 @@ class Trainer:
         restored = load_checkpoint(self.run)
         if restored is not None:
             self._restore(*restored)
-        self.network.to(self.device, memory_format=torch.channels_last)
         self.network.train()
         self._buffers = [b for b in self.network.buffers() if b.is_floating_point()]
         self._kept_buffers = [b.clone() for b in self._buffers]
@@ -115,7 +134,7 @@ class Trainer:
         factor = rate_factor(self.optim, progress)
         set_rate(self._optimiser, factor)
         self._optimiser.zero_grad(set_to_none=True)
-        torch._foreach_copy_(self._kept_buffers, self._buffers)
+        _copy_all(self._buffers, to=self._kept_buffers)
         with torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.optim.precision == "bf16"
         ):
@@ -147,7 +166,7 @@ class Trainer:
 
     def _skip(self, batch: PoseBatch) -> None:
         # The forward pass has already moved the batch norms' statistics.
-        torch._foreach_copy_(self._buffers, self._kept_buffers)
+        _copy_all(self._kept_buffers, to=self._buffers)
         self.skipped_steps += 1
         self._bad_in_a_row += 1
         if self._bad_in_a_row <= self.optim.max_bad_steps:
@@ -156,7 +175,7 @@ class Trainer:
             self.device.type, torch.bfloat16, enabled=self.optim.precision == "bf16"
         ):
             culprit = first_non_finite(self.network, batch.images)
-        torch._foreach_copy_(self._buffers, self._kept_buffers)
+        _copy_all(self._kept_buffers, to=self._buffers)
         self.run.set_state("failed")
         raise PosefabricError(
             f"{self.run.path}: {self._bad_in_a_row} steps in a row were not finite at step "
@@ -167,9 +186,7 @@ class Trainer:
         )
 
     def _report(self, record: dict[str, Any], progress: Progress) -> None:
-        rate = len(self.data.loader.rows) and self.data.loader.batch_size * self.step / max(
-            self.seconds, 1e-9
-        )
+        rate = self.data.loader.batch_size * self.step / max(self.seconds, 1e-9)
         shown = {"loss": record["loss"], "images_per_s": rate}
         if self.step % self.optim.log_every == 0 or self.step == self.total_steps:
             record["images_per_s"] = round(rate, 2)
@@ -209,6 +226,7 @@ class Trainer:
             "skipped_steps": self.skipped_steps,
             "bad_in_a_row": self._bad_in_a_row,
             "total_steps": self.total_steps,
+            "random": capture_random_state(),
         }
         save_checkpoint(self.run, state, step=self.step)
 
@@ -221,10 +239,12 @@ class Trainer:
         self.network.load_state_dict(state["network"])
         self._optimiser.load_state_dict(state["optimiser"])
         if self._average is not None and state["average"] is not None:
-            self._average.state = state["average"]
+            self._average.load(state["average"])
         self.seconds = state["seconds"]
         self.skipped_steps = state["skipped_steps"]
         self._bad_in_a_row = state["bad_in_a_row"]
+        if "random" in state:
+            restore_random_state(state["random"])
         self.step = step
         self.run.rewind(step, self.phase)
 
@@ -232,3 +252,9 @@ class Trainer:
         if self._average is not None:
             self._average.copy_to(self.network)
         self.network.eval()
+
+
+@torch.no_grad()
+def _copy_all(source: list[Tensor], *, to: list[Tensor]) -> None:
+    for value, target in zip(source, to, strict=True):
+        target.copy_(value)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import bisect
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ def rate_factor(config: OptimConfig, progress: float) -> float:
         late = (progress - config.warmup) / (1 - config.warmup)
         return 1e-3 + (1 - 1e-3) * (1 + math.cos(math.pi * min(late, 1.0))) / 2
     if config.schedule == "steps":
-        return config.decay ** bisect.bisect_right(config.milestones, progress)
+        return config.decay ** sum(milestone <= progress for milestone in config.milestones)
     return 1.0
 
 
@@ -54,7 +54,7 @@ def set_rate(optimiser: torch.optim.Optimizer, factor: float) -> None:
 
 
 class AveragedWeights:
-    """Exponential moving average of a network's floating-point state."""
+    """Exponential moving average of a network's weights and statistics."""
 
     def __init__(self, network: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -65,16 +65,21 @@ class AveragedWeights:
         """Move towards the network; early on faster, so that the start is forgotten."""
         decay = min(self.decay, (1 + step) / (10 + step))
         values = _floats(network)
-        names = list(self.state)
-        torch._foreach_lerp_(
-            [self.state[n] for n in names], [values[n] for n in names], weight=1 - decay
-        )
+        for name, average in self.state.items():
+            average.lerp_(values[name], 1 - decay)
 
     @torch.no_grad()
     def copy_to(self, network: nn.Module) -> None:
         for name, value in _floats(network).items():
             value.copy_(self.state[name])
 
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take up a kept average, on whatever device this one is."""
+        for name, value in self.state.items():
+            value.copy_(state[name])
+
 
 def _floats(network: nn.Module) -> dict[str, Tensor]:
-    return {n: v for n, v in network.state_dict().items() if v.is_floating_point()}
+    """What is averaged; a supernet's temperature is not learned but set by a schedule."""
+    state = network.state_dict()
+    return {n: v for n, v in state.items() if v.is_floating_point() and n != "temperature"}

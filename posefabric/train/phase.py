@@ -14,9 +14,10 @@ from posefabric.evaluate.runner import evaluate_network
 from posefabric.models.build import choose_device
 from posefabric.models.network import FabricNetwork
 from posefabric.run import RunFolder
-from posefabric.structures import PersonDataset
+from posefabric.structures import PersonDataset, PosefabricError
 from posefabric.train.checkpoint import save_weights
 from posefabric.train.loop import Trainer
+from posefabric.train.memory import keep_freed_memory
 from posefabric.train.strategy import Strategy
 
 _log = logging.getLogger(__name__)
@@ -38,8 +39,10 @@ def train_phase(
     also written to ``evaluation.json``.
     """
     config = run.config
+    _check_loss(network, optim, phase)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    keep_freed_memory()
     device = choose_device(config.device)
     validation = open_dataset(config.data, "val") if validation is None else validation
     data = TrainingData.open(
@@ -81,6 +84,17 @@ def train_phase(
     )
     run.set_state("finished", train_seconds=trainer.seconds)
     return result
+
+
+def _check_loss(network: FabricNetwork, optim: OptimConfig, phase: str) -> None:
+    """A network's raw outputs are logits or score maps, as its first training decided."""
+    expected = "cross_entropy" if network.graph.head.scores == "softmax" else "mse"
+    if optim.loss != expected:
+        raise PosefabricError(
+            f"{phase}.loss={optim.loss}: this network was made for {expected} (its outputs are "
+            f"{'logits' if expected == 'cross_entropy' else 'score maps'}); set "
+            f"{phase}.loss={expected}"
+        )
 
 
 def evaluate(

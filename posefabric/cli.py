@@ -1,0 +1,390 @@
+"""The command line: one thin command per stage; heavy imports inside the handlers."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import App, Parameter
+
+from posefabric import __version__
+from posefabric.structures import PosefabricError
+
+if TYPE_CHECKING:
+    from posefabric.run import RunFolder
+
+app = App(
+    name="posefabric",
+    help="Search, train and ship small part-specific pose networks.",
+    version=__version__,
+    default_parameter=Parameter(negative=()),
+)
+data_app = App(name="data", help="Look at, convert or make data sets.")
+app.command(data_app)
+
+Overrides = Annotated[
+    tuple[str, ...], Parameter(help="options as section.option=value, e.g. data.root=DIR")
+]
+Out = Annotated[Path, Parameter(help="the run folder to write")]
+Resume = Annotated[bool, Parameter(help="go on with the run in that folder, exactly")]
+RunPath = Annotated[Path, Parameter(help="a run folder")]
+Which = Annotated[str, Parameter(help="auto (newest compact), mixture, compact or a child's name")]
+
+
+@app.command
+def search(config: str | None = None, /, *overrides: str, out: Out, resume: Resume = False) -> None:
+    """Search: train the mixture of all architectures, alpha and beta with it.
+
+    Parameters
+    ----------
+    config
+        A shipped name (see `posefabric show configs`) or a YAML file.
+    """
+    from posefabric.search.run_search import search as run_search
+
+    run = _open_or_create(out, "search", config, overrides, resume=resume)
+    if run.state == "finished":
+        _say(f"{run.path}: is finished already")
+        return
+    network, result = _failing_marked(run, lambda: run_search(run))
+    _print_table(result)
+    entropies = ", ".join(f"{k} {v:.3f}" for k, v in network.entropies().items())
+    _say(f"{entropies}; next: posefabric derive {out} --finetune")
+
+
+@app.command
+def derive(run: RunPath, /, *overrides: str, finetune: bool = False) -> None:
+    """Derive a compact network from a searched mixture, as a child run.
+
+    Parameters
+    ----------
+    finetune
+        Train the compact network on, as `posefabric train` would.
+    """
+    from posefabric.config import with_overrides
+    from posefabric.derive.run_derive import derive as run_derive
+    from posefabric.run import RunFolder
+
+    parent = RunFolder.open(run).resolve("mixture")
+    config = with_overrides(parent.config, overrides)
+    child = parent.new_child("derive", config)
+    _, record = _failing_marked(child, lambda: run_derive(parent, child))
+    for step, counts in record["steps"].items():
+        _say(f"{step:>10}: " + ", ".join(f"{v} {k}" for k, v in counts.items()))
+    for step, value in record["differences"].items():
+        _say(f"{step:>10}: outputs moved by {value:.2e} of the largest")
+    _say(f"derived: {child.path}")
+    if finetune or config.derive.finetune:
+        train(child.path)
+
+
+@app.command
+def train(run: RunPath, /, *overrides: str, resume: Resume = False) -> None:
+    """Train the newest compact network of a run on, as a child run."""
+    from posefabric.config import with_overrides
+    from posefabric.derive.run_derive import finetune
+    from posefabric.run import RunFolder
+
+    opened = RunFolder.open(run)
+    if resume:
+        child = _unfinished_child(opened)
+        child = RunFolder.create(
+            child.path, config=with_overrides(child.config, overrides), kind="train", exist_ok=True
+        )
+        parent = child.parent
+        if parent is None:
+            raise PosefabricError(f"{child.path}: the run it was derived from is gone")
+    else:
+        parent = opened.resolve("compact")
+        child = parent.new_child("train", with_overrides(parent.config, overrides))
+    _say(f"training {parent.describe()} on, in {child.path}")
+    _, result = _failing_marked(child, lambda: finetune(parent, child))
+    _print_table(result)
+
+
+@app.command(name="eval")
+def evaluate(
+    run: RunPath,
+    /,
+    *overrides: str,
+    which: Which = "auto",
+    split: Literal["train", "val", "test"] = "val",
+    no_flip: bool = False,
+) -> None:
+    """Evaluate a run's network: PCK, AP and AR by joint and part.
+
+    Boxes come from the ground truth, or from the detections file of data.boxes.
+    """
+    from posefabric.config import with_overrides
+    from posefabric.data.pipeline import open_dataset
+    from posefabric.deploy.run_report import shipped_network
+    from posefabric.run import RunFolder
+    from posefabric.train.phase import evaluate as run_evaluate
+
+    chosen = RunFolder.open(run).resolve(which)
+    _say(f"evaluating {chosen.describe()}")
+    config = with_overrides(chosen.config, overrides)
+    dataset = open_dataset(config.data, split, boxes=config.data.boxes)
+    network = shipped_network(chosen)
+    result = run_evaluate(network, config, dataset, flip=not no_flip, progress=_counter("persons"))
+    _print_table(result)
+    path = chosen.write_json(f"evaluation-{split}.json", result)
+    _say(f"written: {path}")
+
+
+@app.command
+def predict(
+    run: RunPath,
+    /,
+    *inputs: str,
+    out: Annotated[Path, Parameter(help="folder for predictions.json and overlays")],
+    boxes: Path | None = None,
+    which: Which = "auto",
+    threshold: float = 0.3,
+    no_overlays: bool = False,
+) -> None:
+    """Find joints in pictures: COCO-style JSON and overlays.
+
+    Parameters
+    ----------
+    run
+        A run folder, or a model.onnx, which needs no torch.
+    inputs
+        Pictures, folders or globs.
+    boxes
+        COCO-style annotations or detections with a box for each person; without it each
+        picture is one person.
+    """
+    from posefabric.deploy.prediction_files import predict_files
+
+    if run.suffix == ".onnx":
+        from posefabric.deploy.onnx_predictor import OnnxPoseEstimator
+
+        estimator = OnnxPoseEstimator(run)
+    else:
+        from posefabric.deploy.predictor import PoseEstimator
+
+        estimator = PoseEstimator.load(run, which=which)
+        _say(f"predicting with {estimator.source}")
+    summary = predict_files(
+        estimator,
+        list(inputs),
+        out,
+        boxes_json=boxes,
+        overlays=not no_overlays,
+        threshold=threshold,
+    )
+    _say(", ".join(f"{key}: {value}" for key, value in summary.items()))
+
+
+@app.command
+def export(
+    run: RunPath,
+    /,
+    *,
+    out: Path | None = None,
+    which: Which = "auto",
+    no_decode: Annotated[bool, Parameter(help="leave decoding to the predictor")] = False,
+) -> None:
+    """Export to ONNX, and check it against torch on validation pictures."""
+    from posefabric.deploy.run_export import export_run
+    from posefabric.run import RunFolder
+
+    opened = RunFolder.open(run)
+    chosen = opened.resolve(which)
+    _say(f"exporting {chosen.describe()}")
+    path, check = export_run(chosen, out or opened.onnx_path, decode=not no_decode)
+    for key, value in check.items():
+        _say(f"{key}: {value}")
+    _say(f"written: {path}")
+
+
+@app.command
+def show(run: str, /, *, which: Which = "auto", no_report: bool = False) -> None:
+    """Show a run: its architecture, its costs, and report.html. `show configs` lists configs.
+
+    Parameters
+    ----------
+    run
+        A run folder, or the word configs.
+    """
+    from posefabric.config import load_config, shipped_configs
+
+    if run == "configs":
+        for name in shipped_configs():
+            config = load_config(name)
+            facts = f"{config.data.skeleton}, P={config.model.parts}, {config.model.backbone}"
+            _say(f"{name:>20}  {facts}")
+        return
+    from posefabric.deploy.metro import architecture_image, describe_architecture
+    from posefabric.deploy.run_report import build_report, measure, stages, summary_table
+    from posefabric.run import RunFolder
+    from posefabric.space.architecture import Architecture
+
+    opened = RunFolder.open(run)
+    chosen = opened.resolve(which)
+    architecture = Architecture.load(chosen.architecture_path)
+    _say(chosen.describe())
+    _say(describe_architecture(architecture))
+    path = opened.write_bytes("architecture.png", architecture_image(architecture, format="png"))
+    _say(f"drawn: {path}")
+    if not no_report:
+        measured = measure(stages(opened))
+        _print(summary_table(measured))
+        _say(f"report: {build_report(opened, measured)}")
+
+
+@app.command
+def demo(*overrides: str, out: Out = Path("runs/demo")) -> None:
+    """The whole story on synthetic people: search, derive, evaluate, export, report."""
+    from posefabric.deploy.demo import run_demo
+
+    started = time.perf_counter()
+    run_demo(out, overrides, say=_say, show=_print)
+    _say(f"done in {(time.perf_counter() - started) / 60:.1f} minutes")
+
+
+@data_app.command
+def check(
+    path: Path,
+    /,
+    *,
+    skeleton: str | None = None,
+    images: Path | None = None,
+    out: Annotated[Path | None, Parameter(help="where to write the contact sheets")] = None,
+) -> None:
+    """Read a data set and say what is wrong with it; draw a contact sheet of each split.
+
+    Parameters
+    ----------
+    path
+        A folder with COCO-format annotations, or one such file.
+    skeleton
+        A shipped name or a YAML file; by default the one whose keypoints the file has.
+    images
+        The pictures' folder, when it cannot be told from the annotation file's name.
+    """
+    from posefabric.data.check_run import check_folder
+
+    ok = check_folder(path, skeleton=skeleton, images=images, out=out, say=_say)
+    if not ok:
+        raise SystemExit(1)
+
+
+@data_app.command
+def convert(kind: Literal["lsp"], source: Path, /, *, out: Path, ids: Path | None = None) -> None:
+    """Make COCO-format person crops from the public LSP or LSP-extended folder.
+
+    Parameters
+    ----------
+    source
+        The folder with joints.mat and the images.
+    ids
+        A folder or file of id lists; by default the shipped splits.
+    """
+    from posefabric.data.lsp import convert_lsp
+
+    del kind
+    counts = convert_lsp(source, out, ids=ids, progress=_counter("pictures"))
+    for split, count in counts.items():
+        _say(f"{split}: " + ", ".join(f"{key} {value}" for key, value in count.items()))
+
+
+@data_app.command
+def synthetic(
+    out: Path, /, *, skeleton: str = "coco17", train: int = 200, val: int = 50, seed: int = 0
+) -> None:
+    """Write synthetic people (or animals) as a COCO-format data set."""
+    from posefabric.data.synthetic import synthetic_people, write_coco
+    from posefabric.skeletons import load_skeleton
+
+    loaded = load_skeleton(skeleton)
+    for number, (split, count) in enumerate((("train", train), ("val", val))):
+        people = synthetic_people(count=count, seed=3 * seed + number, skeleton=loaded)
+        _say(f"written: {write_coco(people, out, split)}")
+
+
+def main() -> None:
+    """The console script: user errors are one message, without a traceback."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        app()
+    except PosefabricError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(_exit_code(error)) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _exit_code(error: PosefabricError) -> int:
+    return 130 if type(error).__name__ == "TrainingStopped" else 1
+
+
+def _open_or_create(
+    out: Path,
+    kind: Literal["search"],
+    config: str | None,
+    overrides: tuple[str, ...],
+    *,
+    resume: bool,
+) -> RunFolder:
+    from posefabric.config import load_config, with_overrides
+    from posefabric.run import RunFolder
+
+    if resume and config is None:
+        found = RunFolder.open(out)
+        settings = with_overrides(found.config, overrides)
+    elif config is not None and "=" in config:
+        settings = load_config(None, (config, *overrides))
+    else:
+        settings = load_config(config, overrides)
+    return RunFolder.create(out, config=settings, kind=kind, exist_ok=resume)
+
+
+def _unfinished_child(run: RunFolder) -> RunFolder:
+    candidates = [run, *run.descendants().values()]
+    found = [r for r in candidates if r.kind == "train" and r.state != "finished"]
+    if not found:
+        raise PosefabricError(f"{run.path}: has no unfinished training to resume")
+    return max(found, key=lambda r: r.created)
+
+
+def _failing_marked(run: RunFolder, work):
+    """Run a stage; a failure is written into the run's state before it is told."""
+    try:
+        return work()
+    except BaseException:
+        if run.state == "running":
+            run.set_state("failed")
+        raise
+
+
+def _counter(what: str):
+    """A progress callback that rewrites one line on a terminal and is silent elsewhere."""
+
+    def show(done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            end = "\n" if done >= total else ""
+            print(f"\r{done} of {total} {what}", end=end, file=sys.stderr, flush=True)
+
+    return show
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _print(renderable: object) -> None:
+    from rich.console import Console
+
+    Console(highlight=False).print(renderable)
+
+
+def _print_table(result: dict) -> None:
+    from posefabric.evaluate.runner import table
+
+    _print(table(result))
