@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import cv2
 import numpy as np
 
 from posefabric.data.image import read_image
@@ -133,7 +132,7 @@ def predict_files(
                 unreadable[str(path)] = str(error)
                 logger.warning("left out: %s", error)
             if waiting and (len(waiting) == together or done == len(files)):
-                _predict(estimator, waiting, out, flip)
+                unreadable.update(_predict(estimator, waiting, out, flip))
                 waiting.clear()
             if progress is not None:
                 progress(done, len(files))
@@ -161,8 +160,8 @@ def collect_pictures(inputs: PathLike | Iterable[PathLike]) -> list[Path]:
     if not entries:
         raise DataError("no input: expected picture files, folders or glob patterns")
     found: dict[Path, Path] = {}
-    for entry in map(os.fspath, entries):
-        for path in _pictures_of(entry):
+    for entry in entries:
+        for path in _pictures_of(os.fspath(entry)):
             found.setdefault(path.resolve(), path)
     return list(found.values())
 
@@ -209,29 +208,22 @@ def _match(files: list[Path], box_file: BoxFile | None) -> list[PictureBoxes | N
 def _image_ids(
     files: list[Path], found: list[PictureBoxes | None], box_file: BoxFile | None
 ) -> tuple[list[int | str], str]:
+    """Every picture's id, and where the ids come from, in words."""
+    given = [own.image_id if own is not None else None for own in found]
+    taken = {value for value in given if value is not None}
     stems = [path.stem for path in files]
-    numbers = [int(stem) if stem.isascii() and stem.isdigit() else None for stem in stems]
-    ids: list[int | str | None] = [own.image_id if own is not None else None for own in found]
-    if None not in ids:
-        return [
-            value for value in ids if value is not None
-        ], f"those of {box_file and box_file.path}"
-    if None not in numbers and len(set(numbers)) == len(files):
-        fallback, rule = [number or 0 for number in numbers], "the numbers in the file names"
+    rest = [stem for stem, value in zip(stems, given, strict=True) if value is None]
+    numbers = [int(stem) for stem in rest if stem.isascii() and stem.isdigit()]
+    if len({*numbers}) == len(rest) and taken.isdisjoint(numbers):
+        rule = "the numbers in the file names"
     else:
-        fallback, rule = list(range(1, len(files) + 1)), "running numbers"
-    taken = {value for value in ids if value is not None}
-    if taken:
-        rule = f"those of {box_file and box_file.path}, else {rule}"
-    result: list[int | str] = []
-    for value, other in zip(ids, fallback, strict=True):
-        if value is None:
-            while other in taken:
-                other = max(v for v in (*taken, *fallback) if isinstance(v, int)) + 1
-            taken.add(other)
-            value = other
-        result.append(value)
-    return result, rule
+        rule = "running numbers"
+        first = max((value for value in taken if isinstance(value, int)), default=0) + 1
+        numbers = list(range(first, first + len(rest)))
+    if box_file is not None and taken:
+        rule = f"those of {box_file.path}" + (f", else {rule}" if rest else "")
+    others = iter(numbers)
+    return [next(others) if value is None else value for value in given], rule
 
 
 def _read_job(path: Path, own: PictureBoxes | None, image_id: int | str) -> _Job:
@@ -242,28 +234,43 @@ def _read_job(path: Path, own: PictureBoxes | None, image_id: int | str) -> _Job
     return _Job(path, image, image_id, boxes, scores)
 
 
-def _predict(estimator: Estimator, jobs: list[_Job], out: _Output, flip: bool) -> None:
-    predictions = estimator.predict(
-        [job.image for job in jobs], [job.boxes for job in jobs], flip=flip
-    )
+def _predict(estimator: Estimator, jobs: list[_Job], out: _Output, flip: bool) -> dict[str, str]:
+    """Predict and write some pictures; those that cannot be predicted, with the reasons."""
+    images, boxes = [job.image for job in jobs], [job.boxes for job in jobs]
+    try:
+        predictions = estimator.predict(images, boxes, flip=flip)
+    except DataError as error:
+        if len(jobs) == 1:
+            logger.warning("left out: %s: %s", jobs[0].path, error)
+            return {str(jobs[0].path): str(error)}
+        # One bad picture must not take its neighbours along.
+        refused: dict[str, str] = {}
+        for job in jobs:
+            refused.update(_predict(estimator, [job], out, flip))
+        return refused
     for job, prediction in zip(jobs, predictions, strict=True):
-        out.counts["pictures"] += 1
-        out.counts["persons"] += len(prediction)
-        out.counts["whole_pictures"] += job.boxes is None
-        out.counts["without_persons"] += not len(prediction)
-        for person in range(len(prediction)):
-            out.results.append(_result(job, prediction, person, out.category_id))
-        if out.overlays:
-            picture = draw_people(
-                job.image,
-                prediction.keypoints,
-                prediction.scores,
-                estimator.skeleton,
-                boxes=None if job.boxes is None else prediction.boxes,
-                threshold=out.threshold,
-            )
-            save_png(out.folder / "overlays" / f"{_overlay_name(job.path, out.names)}.png", picture)
-            out.counts["overlays"] += 1
+        _write(job, prediction, estimator.skeleton, out)
+    return {}
+
+
+def _write(job: _Job, prediction: PosePrediction, skeleton: Skeleton, out: _Output) -> None:
+    out.counts["pictures"] += 1
+    out.counts["persons"] += len(prediction)
+    out.counts["whole_pictures"] += job.boxes is None
+    out.counts["without_persons"] += not len(prediction)
+    for person in range(len(prediction)):
+        out.results.append(_result(job, prediction, person, out.category_id))
+    if out.overlays:
+        picture = draw_people(
+            job.image,
+            prediction.keypoints,
+            prediction.scores,
+            skeleton,
+            boxes=None if job.boxes is None else prediction.boxes,
+            threshold=out.threshold,
+        )
+        save_png(out.folder / "overlays" / f"{_overlay_name(job.path, out.names)}.png", picture)
+        out.counts["overlays"] += 1
 
 
 def _result(job: _Job, prediction: PosePrediction, person: int, category: int) -> dict[str, Any]:

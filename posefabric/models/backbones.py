@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import socket
 from importlib import resources
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
+from urllib.request import getproxies, proxy_bypass
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +34,20 @@ class TimmBackbone(nn.Module):
         self.name = name
         timm = import_timm()
         if not timm.is_model(name):
-            near = timm.list_models(f"*{name}*")[:5]
+            known = timm.list_models()
+            near = [model for model in known if name in model][:5]
+            near = near or difflib.get_close_matches(name, known, n=3)
             raise PosefabricError(
                 f"model.backbone={name}: timm {timm.__version__} has no such model"
                 + (f"; near: {', '.join(near)}" if near else "; see timm.list_models()")
             )
-        probe = timm.create_model(name, features_only=True, pretrained=False)
+        try:
+            probe = timm.create_model(name, features_only=True, pretrained=False)
+        except Exception as error:
+            raise PosefabricError(
+                f"model.backbone={name}: timm gives no feature pyramid of it "
+                f"({type(error).__name__}: {error}); choose a model with strides {list(STRIDES)}"
+            ) from error
         reductions = probe.feature_info.reduction()
         missing = [stride for stride in STRIDES if stride not in reductions]
         if missing:
@@ -138,7 +148,13 @@ def read_state(path: Path) -> dict[str, Tensor]:
     for wrapper in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-    return {name.removeprefix("module."): value for name, value in state.items()}
+    if not isinstance(state, dict):
+        raise PosefabricError(f"{path}: holds a {type(state).__name__}, expected a state dict")
+    return {
+        str(name).removeprefix("module."): value
+        for name, value in state.items()
+        if isinstance(value, Tensor)
+    }
 
 
 def _embedded_state() -> dict[str, Tensor]:
@@ -209,6 +225,9 @@ def _load_from_hub(backbone: TimmBackbone, name: str) -> None:
 
 def _answers(endpoint: str, timeout_s: float = 3.0) -> bool:
     url = urlparse(endpoint)
+    proxy = getproxies().get(url.scheme)
+    if proxy and not proxy_bypass(url.hostname or ""):
+        url = urlparse(proxy if "://" in proxy else f"http://{proxy}")
     try:
         with socket.create_connection((url.hostname, url.port or 443), timeout=timeout_s):
             return True
