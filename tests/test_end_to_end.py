@@ -64,10 +64,11 @@ def test_the_demo_leaves_everything_it_promises(demo: Path) -> None:
     page = run.report_path.read_text()
     assert "<img" in page and "http" not in page.replace("http://www.w3.org", "")
     assert run.onnx_path.stat().st_size > 10_000
-    overlays = list(run.overlays_dir.glob("**/*.png"))
-    assert len(overlays) >= 12
-    assert cv2.imread(str(overlays[0])) is not None
-    predictions = json.loads(next(run.overlays_dir.glob("**/predictions.json")).read_text())
+    sheets = {path.stem for path in run.overlays_dir.glob("*.png")}
+    assert sheets == {"validation_persons", "best", "worst"}
+    overlays = list((demo / "predictions" / "overlays").glob("*.png"))
+    assert len(overlays) == 8 and cv2.imread(str(overlays[0])) is not None
+    predictions = json.loads((demo / "predictions" / "predictions.json").read_text())
     assert len(predictions) == 8 and len(predictions[0]["keypoints"]) == 17 * 3
     steps = [record["step"] for record in run.metrics() if "loss" in record]
     assert steps == [1, 2, 3, 4]

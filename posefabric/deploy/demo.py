@@ -76,7 +76,7 @@ def run_demo(
     predict_files(
         PoseEstimator.load(run.path),
         [str(pictures / "new")],
-        run.overlays_dir,
+        run.path / "predictions",
         boxes_json=annotations,
     )
     graph = Architecture.load(compact.architecture_path)
@@ -88,6 +88,7 @@ def run_demo(
         ("compact", run.path / "compact_architecture.json"),
         ("ONNX", path),
         ("overlays", run.overlays_dir),
+        ("pictures", run.path / "predictions"),
         ("report", report),
     ):
         say(f"   {what:>8}: {where}")

@@ -91,9 +91,9 @@ def summary_table(measured: dict[str, dict[str, Any]]) -> Table:
 
 
 def draw_sheets(
-    run: RunFolder, network: FabricNetwork, *, count: int = 24
+    run: RunFolder, network: FabricNetwork, *, folder: Path, count: int = 24
 ) -> dict[str, np.ndarray]:
-    """Sheets of evenly drawn, best and worst validation persons, also saved in ``overlays/``."""
+    """Sheets of evenly drawn, best and worst validation persons, also saved in ``folder``."""
     config = run.config
     dataset = open_dataset(config.data, "val")
     predictions = predict(network, config, dataset)
@@ -110,7 +110,7 @@ def draw_sheets(
         if chosen
     }
     for name, sheet in sheets.items():
-        save_png(run.overlays_dir / f"{name.replace(' ', '_')}.png", sheet)
+        save_png(folder / f"{name.replace(' ', '_')}.png", sheet)
     return sheets
 
 
@@ -131,7 +131,7 @@ def build_report(run: RunFolder, measured: dict[str, dict[str, Any]] | None = No
     measured = measure(runs) if measured is None else measured
     newest = list(runs.values())[-1]
     top = next(iter(runs.values()))
-    sheets = draw_sheets(newest, shipped_network(newest))
+    sheets = draw_sheets(newest, shipped_network(newest), folder=run.overlays_dir)
     onnx = newest.read_json("onnx_check.json") if _has(newest, "onnx_check.json") else None
     sections = report_sections_from(
         facts=_facts(top, newest),
