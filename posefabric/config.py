@@ -144,6 +144,9 @@ class SearchConfig(OptimConfig):
         default=1.0, gt=0, le=1, description="logits are divided by it at the end"
     )
     architecture_learning_rate: float = Field(default=1e-2, gt=0)
+    architecture_start: float = Field(
+        default=0.0, ge=0, lt=1, description="share of the search before alpha and beta move"
+    )
     sparsity: float = Field(
         default=0.0, ge=0, description="weight of the entropy penalty at the end"
     )

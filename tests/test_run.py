@@ -12,10 +12,13 @@ import pytest
 import torch
 import yaml
 
+import posefabric
 from posefabric import __version__
-from posefabric import run as run_module
 from posefabric.config import Config, with_overrides
 from posefabric.run import FORMAT_VERSION, RunFolder, find_runs, write_atomic
+from posefabric.run import files as files_module
+from posefabric.run import folder as folder_module
+from posefabric.run.environment import git_commit
 from posefabric.structures import PosefabricError
 
 
@@ -69,28 +72,27 @@ def test_environment_names_hardware_and_versions(tmp_path):
 
 def test_module_does_not_import_torch():
     code = "import sys, posefabric.run; sys.exit('torch' in sys.modules)"
-    root = str(Path(run_module.__file__).parents[1])
+    root = str(Path(posefabric.__file__).parents[1])
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
 
 
 def test_git_commit_is_of_the_checkout_only(tmp_path, monkeypatch):
     package = tmp_path / "posefabric"
     package.mkdir()
-    (package / "run.py").write_text("")
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     subprocess.run([*git, "init", "-q"], check=True)
-    monkeypatch.setattr(run_module, "__file__", str(package / "run.py"))
-    assert run_module._git_commit() is None
+    monkeypatch.setattr(posefabric, "__file__", str(package / "__init__.py"))
+    assert git_commit() is None
     subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
     answer = subprocess.run(
         [*git, "log", "--format=%H"], capture_output=True, text=True, check=True
     )
-    assert run_module._git_commit() == answer.stdout.strip()
+    assert git_commit() == answer.stdout.strip()
     # Installed into an environment that lies in someone else's repository.
     inner = tmp_path / "venv" / "posefabric"
     inner.mkdir(parents=True)
-    monkeypatch.setattr(run_module, "__file__", str(inner / "run.py"))
-    assert run_module._git_commit() is None
+    monkeypatch.setattr(posefabric, "__file__", str(inner / "__init__.py"))
+    assert git_commit() is None
 
 
 def test_an_existing_run_is_not_overwritten(tmp_path):
@@ -124,7 +126,7 @@ def test_an_empty_folder_and_a_killed_creation_are_used(tmp_path, monkeypatch):
 
     for alive in range(3):
         writes = iter([write_atomic] * alive + [killed])
-        monkeypatch.setattr(run_module, "write_atomic", lambda p, d, w=writes: next(w)(p, d))
+        monkeypatch.setattr(folder_module, "write_atomic", lambda p, d, w=writes: next(w)(p, d))
         with pytest.raises(Killed):
             make(tmp_path / "killed")
         assert find_runs(tmp_path / "killed") == []
@@ -396,7 +398,7 @@ def test_a_full_disk_is_said_and_what_was_there_stays(tmp_path, monkeypatch, num
             return original(descriptor, data[:3])  # the last bytes that fit
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(run_module.os, "write", full)
+    monkeypatch.setattr(files_module.os, "write", full)
     action = {
         "json": lambda: run.write_json("a.json", [2] * 20),
         "state": lambda: run.set_state("finished"),
@@ -414,7 +416,7 @@ def test_the_bytes_needed_are_those_of_the_file(tmp_path, monkeypatch):
     def full(descriptor, data):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(run_module.os, "write", full)
+    monkeypatch.setattr(files_module.os, "write", full)
     with pytest.raises(PosefabricError, match=r"needed 1234 bytes: No space left on device"):
         write_atomic(tmp_path / "x", b"a" * 1234)
     assert list(tmp_path.iterdir()) == []
@@ -440,7 +442,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     def interrupted(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_module.os, "fsync", interrupted)
+    monkeypatch.setattr(files_module.os, "fsync", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_atomic(tmp_path / "x", b"new")
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"x": b"old"}

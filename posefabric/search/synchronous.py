@@ -14,9 +14,11 @@ from posefabric.train.strategy import Strategy
 class Synchronous(Strategy):
     """One Adam step moves weights, alpha and beta.
 
-    Past the paper, so that something can be pruned at the end: the temperature falls
-    geometrically from 1 to ``temperature_end``, and a penalty on the Gini impurity of every
-    choice rises to ``sparsity``, both from ``sparsity_start`` of the search on.
+    Past the paper: alpha and beta rest until ``architecture_start`` of the search, so that
+    convolutions have learned something before a skip beats them; and, so that something can be
+    pruned at the end, the temperature falls geometrically from 1 to ``temperature_end`` and a
+    penalty on the Gini impurity of every choice rises to ``sparsity``, both from
+    ``sparsity_start`` on.
     """
 
     name = "synchronous"
@@ -34,6 +36,8 @@ class Synchronous(Strategy):
         ]
 
     def schedule(self, network: Supernet, progress: float) -> None:
+        for parameter in network.arch_parameters().values():
+            parameter.requires_grad_(progress >= self.config.architecture_start)
         temperature = math.exp(math.log(self.config.temperature_end) * self._share(progress))
         network.get_buffer("temperature").fill_(temperature)
 

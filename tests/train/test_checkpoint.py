@@ -17,9 +17,10 @@ import pytest
 import safetensors.numpy
 import torch
 
-from posefabric import run as run_module
+import posefabric
 from posefabric.config import Config
 from posefabric.run import RunFolder
+from posefabric.run import files as files_module
 from posefabric.structures import PosefabricError
 from posefabric.train.checkpoint import (
     capture_random_state,
@@ -277,7 +278,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(run, monkeypatch, number, call):
             return original(descriptor, data[0][:100])  # the last bytes that fit
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(run_module.os, call, full)
+    monkeypatch.setattr(files_module.os, call, full)
     with pytest.raises(
         PosefabricError, match=r"disk is full \(needed \d+ bytes.*--resume; the last"
     ):
@@ -468,7 +469,7 @@ def test_a_full_disk_keeps_the_old_weights(tmp_path, monkeypatch):
     def full(descriptor, data):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(run_module.os, "write", full)
+    monkeypatch.setattr(files_module.os, "write", full)
     with pytest.raises(PosefabricError, match="disk is full"):
         save_weights(path, {"a": torch.zeros(3)})
     monkeypatch.undo()
@@ -479,7 +480,7 @@ def test_a_full_disk_keeps_the_old_weights(tmp_path, monkeypatch):
 def test_a_killed_python_process_leaves_a_run_that_opens(run):
     """The same, once with a process of its own instead of a fork."""
     code = "import sys, test_checkpoint as t; t.write_forever(sys.argv[1], sys.stdout)"
-    folders = [Path(run_module.__file__).parents[1], Path(__file__).parent]
+    folders = [Path(posefabric.__file__).parents[1], Path(__file__).parent]
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(run.path)],
         stdout=subprocess.PIPE,

@@ -1,0 +1,41 @@
+"""What may differ when a run is taken up again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from posefabric.config import Config
+from posefabric.structures import PosefabricError
+
+# Options that may differ on a resume: they say where and how fast, not what is computed.
+MACHINE_OPTIONS = {"device", "threads", "data.root", "data.workers", "data.cache"}
+MACHINE_SUFFIX = ".checkpoint_every"
+
+
+def check_resumable(old: Config, new: Config, *, path: Path) -> None:
+    """PosefabricError when another configuration than the run's would compute something else."""
+    before = _flatten(old.model_dump(mode="json"))
+    after = _flatten(new.model_dump(mode="json"))
+    differing = [
+        f"{key} was {before.get(key)!r}, now {after.get(key)!r}"
+        for key in sorted({*before, *after})
+        if before.get(key) != after.get(key)
+        and key not in MACHINE_OPTIONS
+        and not key.endswith(MACHINE_SUFFIX)
+    ]
+    if differing:
+        raise PosefabricError(
+            f"{path}: cannot be continued with another configuration: "
+            f"{'; '.join(differing[:5])}; use the old values, or choose another --out"
+        )
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,138 @@
+"""Small trainings on synthetic people, for tests of the loop and of what surrounds it.
+
+As a script it trains in a folder: ``python trainings.py FOLDER CASE [--die-at-write N]``.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from posefabric.config import Config, OptimConfig, config_from_tree
+from posefabric.data.pipeline import TrainingData
+from posefabric.data.synthetic import synthetic_people
+from posefabric.models.build import build_supernet
+from posefabric.run import RunFolder
+from posefabric.search.run_search import STRATEGIES
+from posefabric.skeletons import load_skeleton
+from posefabric.structures import PersonDataset
+from posefabric.train.loop import Trainer, TrainingStopped
+from posefabric.train.strategy import Strategy
+
+PEOPLE, BATCH = 16, 4
+STEPS = 10
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": dict(),
+    "averaged": dict(search=dict(ema=0.9, evaluate_every=0.75)),
+    "sparsemax": dict(
+        search=dict(
+            relaxation="sparsemax", temperature_end=0.1, sparsity=0.1, sparsity_start=0.2, ema=0.5
+        )
+    ),
+    "random": dict(search=dict(strategy="random", schedule="steps", loss="mse", ema=0.9)),
+    "bf16": dict(search=dict(precision="bf16"), model=dict(head="vector", frozen_stem=True)),
+}
+
+
+def make_config(**sections: Any) -> Config:
+    """64 pixels, the smallest backbone, STEPS steps over 2.5 epochs."""
+    small: dict[str, Any] = {
+        "device": "cpu",
+        "data": dict(format="synthetic", input_wh=[64, 64], workers=0, synthetic_train=PEOPLE),
+        "model": dict(backbone="test_efficientnet", weights="none", channel_factor=2),
+        "search": dict(batch_size=BATCH, epochs=2.5, checkpoint_every=3, log_every=4),
+        "finetune": dict(batch_size=BATCH, epochs=1.0, checkpoint_every=2),
+    }
+    small["data"]["synthetic_val"] = 8
+    for name, value in sections.items():
+        small[name] = {**small.get(name, {}), **value} if isinstance(value, dict) else value
+    return config_from_tree(small, origin="test")
+
+
+@functools.cache
+def people(count: int = PEOPLE, seed: int = 0) -> PersonDataset:
+    return synthetic_people(
+        count=count, seed=seed, skeleton=load_skeleton("coco17"), picture_wh=(64, 64)
+    )
+
+
+def make_trainer(
+    folder: Path,
+    config: Config,
+    *,
+    strategy: Strategy | None = None,
+    dataset: PersonDataset | None = None,
+    validate: Callable[[Any], dict[str, float]] | None = None,
+) -> Trainer:
+    """A trainer in a new or an existing run folder, as a fresh process would make it."""
+    run = RunFolder.create(folder, config=config, kind="search", exist_ok=True)
+    network = build_supernet(config)
+    optim: OptimConfig = config.search
+    return Trainer(
+        network=network,
+        data=TrainingData.open(
+            config,
+            batch_size=optim.batch_size,
+            normalisation=network.normalisation,
+            seed=config.seed,
+            device=torch.device("cpu"),
+            dataset=dataset or people(),
+        ),
+        run=run,
+        optim=optim,
+        strategy=strategy or STRATEGIES[config.search.strategy](config.search),
+        phase="search",
+        seed=config.seed,
+        device=torch.device("cpu"),
+        validate=validate,
+    )
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    """(step, loss) of every record, in order; JSON keeps a float to its last bit."""
+    return [(r["step"], r["loss"]) for r in RunFolder.open(folder).metrics() if "loss" in r]
+
+
+def die_at_write(number: int) -> None:
+    """Kill this process in the middle of its write of that number under checkpoints/."""
+    from posefabric import run as run_module
+
+    count = 0
+    write_all = run_module.write_all
+
+    def dying(descriptor: int, data: bytes | memoryview) -> None:
+        nonlocal count
+        name = os.readlink(f"/proc/self/fd/{descriptor}")
+        if "checkpoints" in name:
+            count += 1
+            if count == number:
+                os.write(descriptor, memoryview(data).cast("B")[: len(data) // 2])
+                os.kill(os.getpid(), signal.SIGKILL)
+        write_all(descriptor, data)
+
+    run_module.write_all = dying
+
+
+def main(folder: str, case: str, *options: str) -> int:
+    torch.set_num_threads(1)
+    if options:
+        die_at_write(int(options[1]))
+    trainer = make_trainer(Path(folder), make_config(**CASES[case]))
+    try:
+        trainer.fit()
+    except TrainingStopped:
+        return 130
+    torch.save(trainer.network.state_dict(), Path(folder) / "final.pt")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
