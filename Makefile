@@ -53,8 +53,9 @@ format: setup ## apply ruff's fixes and format
 	@$(BIN)/python -m ruff check -q --fix-only
 	@$(BIN)/python -m ruff format
 
-docs: setup ## write docs/configuration.md anew from the configuration models
+docs: setup ## write docs/configuration.md and README's list of files anew
 	@$(BIN)/python docs/build_configuration.py
+	@$(BIN)/python docs/build_tree.py
 
 # A stale build folder would put deleted modules into the wheel.
 wheel: setup ## build dist/*.whl

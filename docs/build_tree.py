@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 START, END = "<!-- files -->", "<!-- end of files -->"
 STAGES = (
     "",
+    "run",
     "skeletons",
     "data",
     "space",

@@ -147,8 +147,9 @@ class SearchConfig(OptimConfig):
     architecture_start: float = Field(
         default=0.0, ge=0, lt=1, description="share of the search before alpha and beta move"
     )
-    sparsity: float = Field(
-        default=0.0, ge=0, description="weight of the entropy penalty at the end"
+    sparsity: float = Field(default=0.0, ge=0, description="final weight of undecided operations")
+    source_sparsity: float = Field(
+        default=0.0, ge=0, description="final weight of undecided sources"
     )
     sparsity_start: float = Field(
         default=0.3, ge=0, lt=1, description="share of the search before it rises"

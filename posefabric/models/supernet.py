@@ -143,16 +143,16 @@ class Supernet(FabricNetwork):
             beta = torch.stack([(_entropy(b)[decided] / scale).mean() for _, b in pairs]).mean()
         return {"alpha_entropy": float(alpha), "beta_entropy": float(beta)}
 
-    def indecision(self) -> Tensor:
-        """Gini impurity 1 - sum p^2, summed over edges and cells, mean over parts.
+    def indecision(self) -> tuple[Tensor, Tensor]:
+        """Gini impurity 1 - sum p^2 of alpha, summed over edges, and of beta, over cells.
 
-        Zero exactly when every edge has one operation and every cell one source.
+        Both are means over parts; zero exactly when every edge has one operation, every cell
+        one source.
         """
-        terms = []
-        for part in self.graph.parts:
-            alpha, beta = self.probabilities(part.name)
-            terms.append((1 - alpha.square().sum(-1)).sum() + (1 - beta.square().sum(-1)).sum())
-        return torch.stack(terms).mean()
+        pairs = [self.probabilities(part.name) for part in self.graph.parts]
+        alpha = torch.stack([(1 - a.square().sum(-1)).sum() for a, _ in pairs]).mean()
+        beta = torch.stack([(1 - b.square().sum(-1)).sum() for _, b in pairs]).mean()
+        return alpha, beta
 
 
 def _weight(value: Tensor, known: float) -> Weight:

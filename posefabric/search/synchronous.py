@@ -17,8 +17,8 @@ class Synchronous(Strategy):
     Past the paper: alpha and beta rest until ``architecture_start`` of the search, so that
     convolutions have learned something before a skip beats them; and, so that something can be
     pruned at the end, the temperature falls geometrically from 1 to ``temperature_end`` and a
-    penalty on the Gini impurity of every choice rises to ``sparsity``, both from
-    ``sparsity_start`` on.
+    penalty on the Gini impurity of operations and sources rises to ``sparsity`` and
+    ``source_sparsity``, all from ``sparsity_start`` on.
     """
 
     name = "synchronous"
@@ -42,8 +42,11 @@ class Synchronous(Strategy):
         network.get_buffer("temperature").fill_(temperature)
 
     def penalty(self, network: Supernet, progress: float) -> Tensor | None:
-        weight = self.config.sparsity * self._share(progress)
-        return weight * network.indecision() if weight > 0 else None
+        share = self._share(progress)
+        if share == 0 or not (self.config.sparsity or self.config.source_sparsity):
+            return None
+        alpha, beta = network.indecision()
+        return share * (self.config.sparsity * alpha + self.config.source_sparsity * beta)
 
     def readings(self, network: Supernet) -> dict[str, float]:
         return network.entropies()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 CROPS = np.stack([blobs(seed, 96, 64) for seed in range(5)])
+MIXTURE: dict[str, Any] = dict(first_layer=4, parts={"all": (0, 1, 2, 3)})
 
 
 def session_of(path: Path):
@@ -29,8 +31,8 @@ def session_of(path: Path):
 
 @pytest.fixture(scope="module")
 def mixture_file(tmp_path_factory: pytest.TempPathFactory):
-    """An untrained mixture of our own, exported: (network, path, report)."""
-    network = make_supernet(relaxation="softmax")
+    """An untrained mixture, exported: (network, path, report)."""
+    network = make_supernet(**MIXTURE)
     path = tmp_path_factory.mktemp("mixture") / "deep" / "model.onnx"
     crops = np.stack([blobs(seed, 64, 64) for seed in range(3)])
     report = export_onnx(
@@ -46,8 +48,9 @@ def test_a_mixture_becomes_a_plain_graph_that_computes_the_same(mixture_file) ->
     with torch.no_grad():
         expected = network.score_maps(network(network.normalisation.apply(pixels))).numpy()
     (found,) = session_of(path).run(["heatmaps"], {"images": crops})
-    assert expected.max() > 0.05
-    np.testing.assert_allclose(found, expected, atol=2e-5 * expected.max())
+    variation = np.ptp(expected, axis=(2, 3)).min()
+    assert variation > 1e-3
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3 * variation)
     assert 0 < report["score_maps_difference"] < 1e-4
     assert report["checked_on"] == "3 crops given"
     operators = {node.op_type for node in onnx.load(path).graph.node}
@@ -56,7 +59,7 @@ def test_a_mixture_becomes_a_plain_graph_that_computes_the_same(mixture_file) ->
 
 def test_it_leaves_the_network_as_it_was(mixture_file) -> None:
     network, _, _ = mixture_file
-    fresh = make_supernet(relaxation="softmax")
+    fresh = make_supernet(**MIXTURE)
     for (name, mine), theirs in zip(
         network.state_dict().items(), fresh.state_dict().values(), strict=True
     ):

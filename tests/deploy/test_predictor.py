@@ -114,7 +114,7 @@ def test_without_a_box_the_whole_picture_is_one() -> None:
     np.testing.assert_array_equal(whole.keypoints, given.keypoints)
     mixed = estimator.predict(PICTURES[:2], [BOXES[0], None])
     assert [len(prediction) for prediction in mixed] == [2, 1]
-    assert 0 <= whole.scores.min() and whole.scores.max() <= 1
+    assert whole.scores.min() >= 0 and whole.scores.max() <= 1
 
 
 def test_nothing_gives_nothing() -> None:
