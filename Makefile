@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 		{ echo 'make: $(PYTHON) is missing or older than 3.10; say which: make PYTHON=python3.12'; exit 1; }
 	$(MARK) 'installing into $(VENV) (minutes the first time: torch is large)'
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) \
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) \
 		-c constraints.txt -e '.[viz,export,dev]'
 	@touch $@
 
@@ -43,7 +43,7 @@ proof: setup ## the slow tests: trainings, whole stories, the wheel
 
 lint: setup ## ruff (rules and format) and pyright
 	$(MARK) 'ruff, pyright'
-	@$(BIN)/python -m ruff check -q
+	@$(BIN)/python -m ruff check -q --output-format concise
 	@$(BIN)/python -m ruff format --check -q || \
 		{ echo 'make: these files are not formatted; run `make format`:'; \
 		  $(BIN)/python -m ruff format --check | head -20; exit 1; }
@@ -60,7 +60,7 @@ docs: setup ## write docs/configuration.md and README's list of files anew
 # A stale build folder would put deleted modules into the wheel.
 wheel: setup ## build dist/*.whl
 	@rm -rf build
-	@$(BIN)/python -m pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation -w dist .
+	@$(BIN)/python -m pip wheel -qq --disable-pip-version-check --no-deps --no-build-isolation -w dist .
 	@rm -rf build
 	@ls -1t dist/*.whl | head -1
 

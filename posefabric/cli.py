@@ -121,6 +121,7 @@ def evaluate(
     from posefabric.config import with_overrides
     from posefabric.data.pipeline import open_dataset
     from posefabric.deploy.run_report import shipped_network
+    from posefabric.evaluate.profile import profile
     from posefabric.run import RunFolder
     from posefabric.train.phase import evaluate as run_evaluate
 
@@ -130,7 +131,13 @@ def evaluate(
     dataset = open_dataset(config.data, split, boxes=config.data.boxes)
     network = shipped_network(chosen)
     result = run_evaluate(network, config, dataset, flip=not no_flip, progress=_counter("persons"))
+    result["profile"] = profile(network, config.data.input_wh)
     _print_table(result)
+    cost = result["profile"]
+    _say(
+        f"{cost['params'] / 1e6:.2f} M parameters, {cost['macs'] / 1e6:.0f} M MACs, "
+        f"{cost['latency_ms']:.1f} ms a picture in eager torch"
+    )
     path = chosen.write_json(f"evaluation-{split}.json", result)
     _say(f"written: {path}")
 
@@ -143,7 +150,8 @@ def predict(
     out: Annotated[Path, Parameter(help="folder for predictions.json and overlays")],
     boxes: Path | None = None,
     which: Which = "auto",
-    threshold: float = 0.3,
+    box_score: float = 0.0,
+    threshold: float = 0.2,
     no_overlays: bool = False,
 ) -> None:
     """Find joints in pictures: COCO-style JSON and overlays.
@@ -157,6 +165,10 @@ def predict(
     boxes
         COCO-style annotations or detections with a box for each person; without it each
         picture is one person.
+    box_score
+        Leave out detected boxes with a lower score; detectors list many weak ones.
+    threshold
+        Draw joints from this score on.
     """
     from posefabric.deploy.prediction_files import predict_files
 
@@ -174,6 +186,7 @@ def predict(
         list(inputs),
         out,
         boxes_json=boxes,
+        box_score_threshold=box_score,
         overlays=not no_overlays,
         threshold=threshold,
     )
@@ -342,6 +355,11 @@ def _open_or_create(
         settings = load_config(None, (config, *overrides))
     else:
         settings = load_config(config, overrides)
+    for section, option in ((settings.data, "root"), (settings.model, "weights")):
+        given = getattr(section, option)
+        if given is not None and Path(given).exists():
+            # Later commands may be given from another folder.
+            setattr(section, option, str(Path(given).resolve()))
     return RunFolder.create(out, config=settings, kind=kind, exist_ok=resume)
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from posefabric import cli
 from posefabric.run import RunFolder
+from posefabric.skeletons import shipped_skeletons
 from posefabric.space.architecture import Architecture
 
 TINY = [
@@ -162,3 +163,16 @@ def test_wrong_words_get_one_message(
     assert command(monkeypatch, *arguments[:2], *small, *arguments[2:]) == 1
     message = capsys.readouterr().err
     assert words in message and "Traceback" not in message
+
+
+def test_a_run_keeps_the_users_own_skeleton(tmp_path: Path, monkeypatch) -> None:
+    skeleton = tmp_path / "mine.yaml"
+    skeleton.write_bytes(shipped_skeletons()["quadruped"].read_bytes())
+    options = [*TINY, f"data.skeleton={skeleton}", "model.parts=1", "search.epochs=1"]
+    out = tmp_path / "run"
+    assert command(monkeypatch, "search", "demo", *options, "--out", out) == 0
+    assert command(monkeypatch, "search", "demo", *options, "--out", out, "--resume") == 0
+    skeleton.unlink()
+    assert command(monkeypatch, "derive", out) == 0
+    assert command(monkeypatch, "eval", out) == 0
+    assert RunFolder.open(out).children()[0].read_bytes("skeleton.yaml")

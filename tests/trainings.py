@@ -34,7 +34,13 @@ CASES: dict[str, dict[str, Any]] = {
     "averaged": dict(search=dict(ema=0.9, evaluate_every=0.75)),
     "sparsemax": dict(
         search=dict(
-            relaxation="sparsemax", temperature_end=0.1, sparsity=0.1, sparsity_start=0.2, ema=0.5
+            relaxation="sparsemax",
+            architecture_start=0.1,
+            temperature_end=0.1,
+            sparsity=0.1,
+            source_sparsity=0.05,
+            sparsity_start=0.2,
+            ema=0.5,
         )
     ),
     "random": dict(search=dict(strategy="random", schedule="steps", loss="mse", ema=0.9)),
@@ -47,7 +53,7 @@ def make_config(**sections: Any) -> Config:
     small: dict[str, Any] = {
         "device": "cpu",
         "data": dict(format="synthetic", input_wh=[64, 64], workers=0, synthetic_train=PEOPLE),
-        "model": dict(backbone="test_efficientnet", weights="none", channel_factor=2),
+        "model": dict(backbone="test_efficientnet", weights="none", channel_factor=2, parts=1),
         "search": dict(batch_size=BATCH, epochs=2.5, checkpoint_every=3, log_every=4),
         "finetune": dict(batch_size=BATCH, epochs=1.0, checkpoint_every=2),
     }
@@ -103,10 +109,10 @@ def losses(folder: Path) -> list[tuple[int, float]]:
 
 def die_at_write(number: int) -> None:
     """Kill this process in the middle of its write of that number under checkpoints/."""
-    from posefabric import run as run_module
+    from posefabric.run import files
 
     count = 0
-    write_all = run_module.write_all
+    write_all = files.write_all
 
     def dying(descriptor: int, data: bytes | memoryview) -> None:
         nonlocal count
@@ -118,7 +124,7 @@ def die_at_write(number: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
         write_all(descriptor, data)
 
-    run_module.write_all = dying
+    files.write_all = dying
 
 
 def main(folder: str, case: str, *options: str) -> int:

@@ -78,7 +78,8 @@ class TimmBackbone(nn.Module):
         self.zero_grad()
         training = self.training
         self.eval()
-        self(torch.zeros(1, 3, 64, 64))[0].sum().backward()
+        with torch.enable_grad():
+            self(torch.zeros(1, 3, 64, 64))[0].sum().backward()
         for module in self.body.modules():
             own = list(module.parameters(recurse=False))
             if any(parameter.grad is not None for parameter in own):

@@ -37,10 +37,14 @@ from posefabric.structures import PosefabricError
 logger = logging.getLogger(__name__)
 
 
+SKELETON_NAME = "skeleton.yaml"
+
+
 class RunFolder(RunFiles):
     """One search, derivation or training on disk: a folder with these files.
 
     ``run.json`` (kind, state, parent, children, command), ``config.yaml`` (resolved),
+    ``skeleton.yaml`` (a copy of the user's own, so that the run stands alone),
     ``environment.json``, ``metrics.jsonl`` (one JSON record a line), ``checkpoints/``,
     ``architecture.json``, ``weights.safetensors``, ``report.html``, ``model.onnx``,
     ``overlays/``, ``tensorboard/`` and ``children/NN-kind/`` (run folders themselves).
@@ -92,7 +96,7 @@ class RunFolder(RunFiles):
         except OSError as error:
             raise PosefabricError(f"{path}: cannot be used ({error.strerror})") from error
         # A creation that was killed leaves environment.json first; nothing of it is missed.
-        ours = ("environment.json", "config.yaml") if "environment.json" in found else ()
+        ours = ("environment.json", "config.yaml", SKELETON_NAME) if "environment.json" in found else ()
         foreign = sorted(name for name in found if name not in ours and not is_temporary(name))
         if foreign:
             raise PosefabricError(
@@ -102,6 +106,8 @@ class RunFolder(RunFiles):
         header = new_header(path, kind=kind, parent=parent.path if parent else None)
         write_atomic(path / "environment.json", json_bytes(describe_environment()))
         write_atomic(path / "config.yaml", _yaml_bytes(config))
+        if Path(config.data.skeleton).is_file():
+            write_atomic(path / SKELETON_NAME, Path(config.data.skeleton).read_bytes())
         write_atomic(path / "run.json", json_bytes(header))
         if parent is not None and path.parent != parent.path / "children":
             kept = parent._header()
@@ -116,6 +122,7 @@ class RunFolder(RunFiles):
             raise PosefabricError(
                 f"{path}: holds a {run.kind} run, not a {kind} run; choose another --out"
             )
+        config = run._with_own_skeleton(config)
         check_resumable(run.config, config, path=path)
         remove_temporaries(path)
         if config != run.config:
@@ -163,8 +170,20 @@ class RunFolder(RunFiles):
                 tree = yaml.safe_load(self.read_bytes("config.yaml"))
             except yaml.YAMLError as error:
                 raise PosefabricError(f"{path}: cannot be read as YAML: {error}") from error
-            self._config = config_from_tree(tree or {}, origin=str(path))
+            config = config_from_tree(tree or {}, origin=str(path))
+            own = self.path / SKELETON_NAME
+            if own.is_file():
+                config.data.skeleton = str(own)
+            self._config = config
         return self._config
+
+    def _with_own_skeleton(self, config: Config) -> Config:
+        """``config`` naming the run's copy when its own skeleton file says the same."""
+        own, given = self.path / SKELETON_NAME, Path(config.data.skeleton)
+        if own.is_file() and given.is_file() and own.read_bytes() == given.read_bytes():
+            config = config.model_copy(deep=True)
+            config.data.skeleton = str(own)
+        return config
 
     @property
     def parent(self) -> RunFolder | None:

@@ -124,6 +124,9 @@ class Trainer:
         restored = load_checkpoint(self.run)
         if restored is not None:
             self._restore(*restored)
+        else:
+            # A training that died before its first checkpoint may have left records.
+            self.run.rewind(0, self.phase)
         self.network.train()
         self._buffers = [b for b in self.network.buffers() if b.is_floating_point()]
         self._kept_buffers = [b.clone() for b in self._buffers]

@@ -170,6 +170,7 @@ def test_overlays_show_the_pose_and_keep_apart(tmp_path: Path) -> None:
     changed = np.abs(before - after).max(axis=-1) > 20
     assert changed[0, 5:45].mean() > 0.8  # the limb along the top
     assert not changed[15:25, 15:35].any()
+    assert not changed[15:25, :3].any()  # no limb there, and no box about a whole picture
 
 
 def test_boxes_come_from_annotations_by_file_name(tmp_path: Path) -> None:

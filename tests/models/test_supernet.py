@@ -162,14 +162,15 @@ def test_entropies_are_one_at_the_start_and_zero_when_decided() -> None:
         for parameter in network.arch_parameters().values():
             parameter.zero_()
     assert network.entropies() == pytest.approx({"alpha_entropy": 1.0, "beta_entropy": 1.0})
-    impurity = network.indecision().item()
     sources = [len(network.shape.sources(*place)) for place in network.shape.places]
-    assert impurity == pytest.approx(3 * (1 - 1 / 4) + sum(1 - 1 / n for n in sources))
+    alpha, beta = network.indecision()
+    assert alpha.item() == pytest.approx(3 * (1 - 1 / 4))
+    assert beta.item() == pytest.approx(sum(1 - 1 / n for n in sources))
     with torch.no_grad():
         for parameter in network.arch_parameters().values():
             parameter[..., 0] = 5.0
     assert network.entropies() == {"alpha_entropy": 0.0, "beta_entropy": 0.0}
-    assert network.indecision().item() == 0.0
+    assert [value.item() for value in network.indecision()] == [0.0, 0.0]
 
 
 def test_entropies_of_half_a_decision() -> None:

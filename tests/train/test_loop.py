@@ -144,6 +144,17 @@ def test_a_crash_after_the_weights_moved_is_exact_too(whole, tmp_path: Path) -> 
     assert_equal_states(state_of(trainer), expected_state)
 
 
+def test_a_crash_before_the_first_checkpoint_leaves_no_records(whole, tmp_path: Path) -> None:
+    folder, config = tmp_path / "run", make_config()
+    trainer = make_trainer(folder, config)
+    trainer.strategy = Stopping(trainer.strategy, "schedule", 2, crash)  # type: ignore[assignment]
+    with pytest.raises(Crash):
+        trainer.fit()
+    assert [step for step, _ in losses(folder)] == [1, 2]
+    make_trainer(folder, config).fit()
+    assert losses(folder) == whole("plain")[0]
+
+
 def test_the_seed_decides_a_training(whole, tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path / "run", make_config(seed=1))
     trainer.fit()
@@ -175,7 +186,7 @@ def test_dropout_goes_on_where_it_stopped(tmp_path: Path) -> None:
 
     def make(name: str) -> Trainer:
         trainer = make_trainer(tmp_path / name, make_config(search=dict(epochs=1.5)))
-        fabric = trainer.network.get_submodule("parts.head.fabric.cells.3_0")
+        fabric = trainer.network.get_submodule("parts.all.fabric.cells.3_0")
         fabric.keep = torch.nn.Sequential(fabric.keep, torch.nn.Dropout(0.5))
         return trainer
 
@@ -211,10 +222,10 @@ class Spy(Synchronous):
         self.states.append(state_of(self.trainer))
         if self.way == "weights":
             with torch.no_grad():
-                network.get_submodule("parts.head.fabric.cells.3_1.keep").weight.fill_(torch.nan)
+                network.get_submodule("parts.all.fabric.cells.3_1.keep").weight.fill_(torch.nan)
 
     def penalty(self, network: Any, progress: float) -> Tensor | None:
-        alpha = network.alphas["head"]
+        alpha = network.alphas["all"]
         if self.way == "loss":
             return alpha.sum() * torch.nan
         if self.way == "gradient":
@@ -275,7 +286,7 @@ def test_bad_steps_between_good_ones_do_not_add_up(tmp_path: Path) -> None:
     [
         ("images", "first in the input images"),
         ("loss", r"first in the loss or its gradient \(the outputs are finite\)"),
-        ("weights", r"first in parts\.head\.fabric\.cells\.3_1\.keep \(Conv2d\)"),
+        ("weights", r"first in parts\.all\.fabric\.cells\.3_1\.keep \(Conv2d\)"),
     ],
 )
 def test_repeated_bad_steps_stop_and_name_the_culprit(
@@ -316,7 +327,7 @@ def test_validation_sees_averages_and_leaves_no_trace(whole, tmp_path: Path) -> 
     assert losses(tmp_path / "plain") == losses(tmp_path / "run") == whole("averaged")[0]
     assert_equal_states(state_of(trainer), state_of(plain))
     assert trainer._average is not None
-    assert torch.equal(state_of(trainer)["alphas.head"], trainer._average.state["alphas.head"])
+    assert torch.equal(state_of(trainer)["alphas.all"], trainer._average.state["alphas.all"])
 
 
 def test_validation_without_averages_sees_the_network(tmp_path: Path) -> None:
@@ -346,7 +357,7 @@ def test_an_unreadable_picture_ends_the_training_but_keeps_what_was_learned(
     tmp_path: Path, whole
 ) -> None:
     good = people()
-    broken = {"at": 9}
+    broken = {"at": -1}
 
     def read(person: Any) -> Any:
         if person.image_id == broken["at"]:
@@ -358,10 +369,10 @@ def test_an_unreadable_picture_ends_the_training_but_keeps_what_was_learned(
     )
     folder, config = tmp_path / "run", make_config()
     trainer = make_trainer(folder, config, dataset=dataset)
+    broken["at"] = good.persons[trainer.data.loader.order(0)[5]].image_id
     with pytest.raises(DataError, match="cut short"):
         trainer.fit()
-    done = trainer.step
-    assert done % 3 and load_checkpoint(trainer.run)[1] == done  # type: ignore[index]
+    assert trainer.step == 1 and load_checkpoint(trainer.run)[1] == 1  # type: ignore[index]
     broken["at"] = -1
     make_trainer(folder, config, dataset=dataset).fit()
     assert losses(folder) == whole("plain")[0]
@@ -373,10 +384,13 @@ def start(folder: Path, *options: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
 
 
-def wait_for_step(folder: Path, step: int, process: subprocess.Popen[bytes]) -> None:
-    for _ in range(2000):
+def wait_for_step(
+    folder: Path, step: int, process: subprocess.Popen[bytes], changed_after: int = 0
+) -> None:
+    for _ in range(4000):
         path = folder / "metrics.jsonl"
-        if path.exists() and path.read_bytes().count(b"\n") >= step:
+        written = path.exists() and path.stat().st_mtime_ns > changed_after
+        if written and path.read_bytes().count(b"\n") >= step:
             return
         assert process.poll() is None, "the training ended early"
         time.sleep(0.005)
@@ -391,9 +405,10 @@ def finish(folder: Path) -> dict[str, Tensor]:
 @pytest.mark.slow
 def test_killed_at_random_moments(tmp_path: Path, whole) -> None:
     draw, folder = random.Random(0), tmp_path / "run"
-    for step in (2, 5, 9):
+    for steps in (2, 5, 2):
+        before = (folder / "metrics.jsonl").stat().st_mtime_ns if folder.exists() else 0
         process = start(folder)
-        wait_for_step(folder, step, process)
+        wait_for_step(folder, steps, process, changed_after=before)
         time.sleep(draw.random() * 0.05)
         process.kill()
         process.wait(60)

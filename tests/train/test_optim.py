@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -46,7 +47,7 @@ def test_one_cycle() -> None:
     assert rates[0] == pytest.approx(0.04) and rates[200] == pytest.approx(1.0)
     assert rates[-1] == pytest.approx(1e-3)
     assert rates[:201] == sorted(rates[:201]) and rates[200:] == sorted(rates[200:], reverse=True)
-    assert max(abs(a - b) for a, b in zip(rates, rates[1:], strict=False)) < 0.01
+    assert max(abs(a - b) for a, b in itertools.pairwise(rates)) < 0.01
     assert rates[600] == pytest.approx(0.5005), "a half cosine from 1 to 0.001"
     assert rate_factor(OptimConfig(warmup=0.0), 0.0) == 1.0
 
