@@ -35,7 +35,7 @@ demo: setup ## search, derive, train and export on synthetic people, into OUT
 # Each worker takes one thread: two that take all cores are slower than one.
 test: setup lint ## lint, then every test but the slow ones, with coverage
 	$(MARK) 'pytest, $(JOBS) workers'
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --cov --cov-report=term
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --cov --cov-report=term
 
 proof: setup ## the slow tests: trainings, whole stories, the wheel
 	$(MARK) 'pytest, slow tests'

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import App, Parameter
 
 from posefabric import __version__
+from posefabric.cli_data import data_app
+from posefabric.cli_output import counter, print_table, say
+from posefabric.cli_output import show as show_table
 from posefabric.structures import PosefabricError
 
 if TYPE_CHECKING:
@@ -22,7 +25,6 @@ app = App(
     version=__version__,
     default_parameter=Parameter(negative=()),
 )
-data_app = App(name="data", help="Look at, convert or make data sets.")
 app.command(data_app)
 
 Overrides = Annotated[
@@ -47,12 +49,12 @@ def search(config: str | None = None, /, *overrides: str, out: Out, resume: Resu
 
     run = _open_or_create(out, "search", config, overrides, resume=resume)
     if run.state == "finished":
-        _say(f"{run.path}: is finished already")
+        say(f"{run.path}: is finished already")
         return
     network, result = _failing_marked(run, lambda: run_search(run))
-    _print_table(result)
+    print_table(result)
     entropies = ", ".join(f"{k} {v:.3f}" for k, v in network.entropies().items())
-    _say(f"{entropies}; next: posefabric derive {out} --finetune")
+    say(f"{entropies}; next: posefabric derive {out} --finetune")
 
 
 @app.command
@@ -73,10 +75,10 @@ def derive(run: RunPath, /, *overrides: str, finetune: bool = False) -> None:
     child = parent.new_child("derive", config)
     _, record = _failing_marked(child, lambda: run_derive(parent, child))
     for step, counts in record["steps"].items():
-        _say(f"{step:>10}: " + ", ".join(f"{v} {k}" for k, v in counts.items()))
+        say(f"{step:>10}: " + ", ".join(f"{v} {k}" for k, v in counts.items()))
     for step, value in record["differences"].items():
-        _say(f"{step:>10}: outputs moved by {value:.2e} of the largest")
-    _say(f"derived: {child.path}")
+        say(f"{step:>10}: outputs moved by {value:.2e} of the largest")
+    say(f"derived: {child.path}")
     if finetune or config.derive.finetune:
         train(child.path)
 
@@ -100,9 +102,9 @@ def train(run: RunPath, /, *overrides: str, resume: Resume = False) -> None:
     else:
         parent = opened.resolve("compact")
         child = parent.new_child("train", with_overrides(parent.config, overrides))
-    _say(f"training {parent.describe()} on, in {child.path}")
+    say(f"training {parent.describe()} on, in {child.path}")
     _, result = _failing_marked(child, lambda: finetune(parent, child))
-    _print_table(result)
+    print_table(result)
 
 
 @app.command(name="eval")
@@ -126,20 +128,20 @@ def evaluate(
     from posefabric.train.phase import evaluate as run_evaluate
 
     chosen = RunFolder.open(run).resolve(which)
-    _say(f"evaluating {chosen.describe()}")
+    say(f"evaluating {chosen.describe()}")
     config = with_overrides(chosen.config, overrides)
     dataset = open_dataset(config.data, split, boxes=config.data.boxes)
     network = shipped_network(chosen)
-    result = run_evaluate(network, config, dataset, flip=not no_flip, progress=_counter("persons"))
+    result = run_evaluate(network, config, dataset, flip=not no_flip, progress=counter("persons"))
     result["profile"] = profile(network, config.data.input_wh)
-    _print_table(result)
+    print_table(result)
     cost = result["profile"]
-    _say(
+    say(
         f"{cost['params'] / 1e6:.2f} M parameters, {cost['macs'] / 1e6:.0f} M MACs, "
         f"{cost['latency_ms']:.1f} ms a picture in eager torch"
     )
     path = chosen.write_json(f"evaluation-{split}.json", result)
-    _say(f"written: {path}")
+    say(f"written: {path}")
 
 
 @app.command
@@ -180,7 +182,7 @@ def predict(
         from posefabric.deploy.predictor import PoseEstimator
 
         estimator = PoseEstimator.load(run, which=which)
-        _say(f"predicting with {estimator.source}")
+        say(f"predicting with {estimator.source}")
     summary = predict_files(
         estimator,
         list(inputs),
@@ -190,7 +192,7 @@ def predict(
         overlays=not no_overlays,
         threshold=threshold,
     )
-    _say(", ".join(f"{key}: {value}" for key, value in summary.items()))
+    say(", ".join(f"{key}: {value}" for key, value in summary.items()))
 
 
 @app.command
@@ -208,11 +210,11 @@ def export(
 
     opened = RunFolder.open(run)
     chosen = opened.resolve(which)
-    _say(f"exporting {chosen.describe()}")
+    say(f"exporting {chosen.describe()}")
     path, check = export_run(chosen, out or opened.onnx_path, decode=not no_decode)
     for key, value in check.items():
-        _say(f"{key}: {value}")
-    _say(f"written: {path}")
+        say(f"{key}: {value}")
+    say(f"written: {path}")
 
 
 @app.command
@@ -230,7 +232,7 @@ def show(run: str, /, *, which: Which = "auto", no_report: bool = False) -> None
         for name in shipped_configs():
             config = load_config(name)
             facts = f"{config.data.skeleton}, P={config.model.parts}, {config.model.backbone}"
-            _say(f"{name:>20}  {facts}")
+            say(f"{name:>20}  {facts}")
         return
     from posefabric.deploy.metro import architecture_image, describe_architecture
     from posefabric.deploy.run_report import build_report, measure, stages, summary_table
@@ -240,14 +242,14 @@ def show(run: str, /, *, which: Which = "auto", no_report: bool = False) -> None
     opened = RunFolder.open(run)
     chosen = opened.resolve(which)
     architecture = Architecture.load(chosen.architecture_path)
-    _say(chosen.describe())
-    _say(describe_architecture(architecture))
+    say(chosen.describe())
+    say(describe_architecture(architecture))
     path = opened.write_bytes("architecture.png", architecture_image(architecture, format="png"))
-    _say(f"drawn: {path}")
+    say(f"drawn: {path}")
     if not no_report:
         measured = measure(stages(opened))
-        _print(summary_table(measured))
-        _say(f"report: {build_report(opened, measured)}")
+        show_table(summary_table(measured))
+        say(f"report: {build_report(opened, measured)}")
 
 
 @app.command
@@ -256,68 +258,8 @@ def demo(*overrides: str, out: Out = Path("runs/demo")) -> None:
     from posefabric.deploy.demo import run_demo
 
     started = time.perf_counter()
-    run_demo(out, overrides, say=_say, show=_print)
-    _say(f"done in {(time.perf_counter() - started) / 60:.1f} minutes")
-
-
-@data_app.command
-def check(
-    path: Path,
-    /,
-    *,
-    skeleton: str | None = None,
-    images: Path | None = None,
-    out: Annotated[Path | None, Parameter(help="where to write the contact sheets")] = None,
-) -> None:
-    """Read a data set and say what is wrong with it; draw a contact sheet of each split.
-
-    Parameters
-    ----------
-    path
-        A folder with COCO-format annotations, or one such file.
-    skeleton
-        A shipped name or a YAML file; by default the one whose keypoints the file has.
-    images
-        The pictures' folder, when it cannot be told from the annotation file's name.
-    """
-    from posefabric.data.check_run import check_folder
-
-    ok = check_folder(path, skeleton=skeleton, images=images, out=out, say=_say)
-    if not ok:
-        raise SystemExit(1)
-
-
-@data_app.command
-def convert(kind: Literal["lsp"], source: Path, /, *, out: Path, ids: Path | None = None) -> None:
-    """Make COCO-format person crops from the public LSP or LSP-extended folder.
-
-    Parameters
-    ----------
-    source
-        The folder with joints.mat and the images.
-    ids
-        A folder or file of id lists; by default the shipped splits.
-    """
-    from posefabric.data.lsp import convert_lsp
-
-    del kind
-    counts = convert_lsp(source, out, ids=ids, progress=_counter("pictures"))
-    for split, count in counts.items():
-        _say(f"{split}: " + ", ".join(f"{key} {value}" for key, value in count.items()))
-
-
-@data_app.command
-def synthetic(
-    out: Path, /, *, skeleton: str = "coco17", train: int = 200, val: int = 50, seed: int = 0
-) -> None:
-    """Write synthetic people (or animals) as a COCO-format data set."""
-    from posefabric.data.synthetic import synthetic_people, write_coco
-    from posefabric.skeletons import load_skeleton
-
-    loaded = load_skeleton(skeleton)
-    for number, (split, count) in enumerate((("train", train), ("val", val))):
-        people = synthetic_people(count=count, seed=3 * seed + number, skeleton=loaded)
-        _say(f"written: {write_coco(people, out, split)}")
+    run_demo(out, overrides, say=say, show=show_table)
+    say(f"done in {(time.perf_counter() - started) / 60:.1f} minutes")
 
 
 def main() -> None:
@@ -379,30 +321,3 @@ def _failing_marked(run: RunFolder, work):
         if run.state == "running":
             run.set_state("failed")
         raise
-
-
-def _counter(what: str):
-    """A progress callback that rewrites one line on a terminal and is silent elsewhere."""
-
-    def show(done: int, total: int) -> None:
-        if sys.stderr.isatty():
-            end = "\n" if done >= total else ""
-            print(f"\r{done} of {total} {what}", end=end, file=sys.stderr, flush=True)
-
-    return show
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
-
-
-def _print(renderable: object) -> None:
-    from rich.console import Console
-
-    Console(highlight=False).print(renderable)
-
-
-def _print_table(result: dict) -> None:
-    from posefabric.evaluate.runner import table
-
-    _print(table(result))

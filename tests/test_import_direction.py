@@ -28,6 +28,8 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("search",),
     ("deploy",),
     ("study", "bench"),
+    ("cli_output",),
+    ("cli_data",),
     ("cli",),
     ("__main__",),
 )

@@ -96,7 +96,11 @@ class RunFolder(RunFiles):
         except OSError as error:
             raise PosefabricError(f"{path}: cannot be used ({error.strerror})") from error
         # A creation that was killed leaves environment.json first; nothing of it is missed.
-        ours = ("environment.json", "config.yaml", SKELETON_NAME) if "environment.json" in found else ()
+        ours = (
+            ("environment.json", "config.yaml", SKELETON_NAME)
+            if "environment.json" in found
+            else ()
+        )
         foreign = sorted(name for name in found if name not in ours and not is_temporary(name))
         if foreign:
             raise PosefabricError(

@@ -1,0 +1,72 @@
+"""The `posefabric data` commands: look at, convert or make data sets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import App, Parameter
+
+from posefabric.cli_output import counter, say
+
+data_app = App(name="data", help="Look at, convert or make data sets.")
+
+
+@data_app.command
+def check(
+    path: Path,
+    /,
+    *,
+    skeleton: str | None = None,
+    images: Path | None = None,
+    out: Annotated[Path | None, Parameter(help="where to write the contact sheets")] = None,
+) -> None:
+    """Read a data set and say what is wrong with it; draw a contact sheet of each split.
+
+    Parameters
+    ----------
+    path
+        A folder with COCO-format annotations, or one such file.
+    skeleton
+        A shipped name or a YAML file; by default the one whose keypoints the file has.
+    images
+        The pictures' folder, when it cannot be told from the annotation file's name.
+    """
+    from posefabric.data.check_run import check_folder
+
+    ok = check_folder(path, skeleton=skeleton, images=images, out=out, say=say)
+    if not ok:
+        raise SystemExit(1)
+
+
+@data_app.command
+def convert(kind: Literal["lsp"], source: Path, /, *, out: Path, ids: Path | None = None) -> None:
+    """Make COCO-format person crops from the public LSP or LSP-extended folder.
+
+    Parameters
+    ----------
+    source
+        The folder with joints.mat and the images.
+    ids
+        A folder or file of id lists; by default the shipped splits.
+    """
+    from posefabric.data.lsp import convert_lsp
+
+    del kind
+    counts = convert_lsp(source, out, ids=ids, progress=counter("pictures"))
+    for split, count in counts.items():
+        say(f"{split}: " + ", ".join(f"{key} {value}" for key, value in count.items()))
+
+
+@data_app.command
+def synthetic(
+    out: Path, /, *, skeleton: str = "coco17", train: int = 200, val: int = 50, seed: int = 0
+) -> None:
+    """Write synthetic people (or animals) as a COCO-format data set."""
+    from posefabric.data.synthetic import synthetic_people, write_coco
+    from posefabric.skeletons import load_skeleton
+
+    loaded = load_skeleton(skeleton)
+    for number, (split, count) in enumerate((("train", train), ("val", val))):
+        people = synthetic_people(count=count, seed=3 * seed + number, skeleton=loaded)
+        say(f"written: {write_coco(people, out, split)}")

@@ -1,0 +1,35 @@
+"""What every command prints with: lines, tables, a counter."""
+
+from __future__ import annotations
+
+import sys
+
+
+def counter(what: str):
+    """A progress callback that rewrites one line on a terminal and is silent elsewhere."""
+
+    def show(done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            end = "\n" if done >= total else ""
+            print(f"\r{done} of {total} {what}", end=end, file=sys.stderr, flush=True)
+
+    return show
+
+
+def say(text: str) -> None:
+    """Print a line at once, also into a pipe."""
+    print(text, flush=True)
+
+
+def show(renderable: object) -> None:
+    """Print a rich table."""
+    from rich.console import Console
+
+    Console(highlight=False).print(renderable)
+
+
+def print_table(result: dict) -> None:
+    """Print an evaluation."""
+    from posefabric.evaluate.runner import table
+
+    show(table(result))
