@@ -40,20 +40,24 @@ def check(
 
 
 @data_app.command
-def convert(kind: Literal["lsp"], source: Path, /, *, out: Path, ids: Path | None = None) -> None:
+def convert(
+    kind: Literal["lsp"], source: Path, /, *, out: Path | None = None, ids: Path | None = None
+) -> None:
     """Make COCO-format person crops from the public LSP or LSP-extended folder.
 
     Parameters
     ----------
     source
         The folder with joints.mat and the images.
+    out
+        Where to write; by default the folder coco inside the source.
     ids
         A folder or file of id lists; by default the shipped splits.
     """
     from posefabric.data.lsp import convert_lsp
 
     del kind
-    counts = convert_lsp(source, out, ids=ids, progress=counter("pictures"))
+    counts = convert_lsp(source, out or source / "coco", ids=ids, progress=counter("pictures"))
     for split, count in counts.items():
         say(f"{split}: " + ", ".join(f"{key} {value}" for key, value in count.items()))
 
