@@ -52,14 +52,18 @@ def convert(
     out
         Where to write; by default the folder coco inside the source.
     ids
-        A folder or file of id lists; by default the shipped splits.
+        A .txt list of picture numbers named after its split, or a folder of such lists; by
+        default the shipped splits.
     """
-    from posefabric.data.lsp import convert_lsp
+    from posefabric.data.lsp import convert_lsp, ids_by_split
 
     del kind
-    counts = convert_lsp(source, out or source / "coco", ids=ids, progress=counter("pictures"))
+    chosen = None if ids is None else ids_by_split(ids)
+    target = out or source / "coco"
+    counts = convert_lsp(source, target, ids=chosen, progress=counter("pictures"))
     for split, count in counts.items():
         say(f"{split}: " + ", ".join(f"{key} {value}" for key, value in count.items()))
+    say(f"written: {target}")
 
 
 @data_app.command

@@ -147,7 +147,18 @@ def crop_of_person(
 def shipped_ids() -> dict[str, list[int]]:
     """The picture numbers of LSP Extended's train, val and test split."""
     folder = Path(str(resources.files("posefabric"))) / "data" / "ids"
-    return {split: read_ids(folder / f"lspet_{split}.txt") for split in ("train", "val", "test")}
+    return ids_by_split(folder)
+
+
+def ids_by_split(path: Path) -> dict[str, list[int]]:
+    """The lists of a folder's .txt files, or of one such file; ``lspet_val.txt`` is val.
+
+    Raises DataError when there is no such file, or the folder holds none.
+    """
+    files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+    if not files or not files[0].is_file():
+        raise DataError(f"{path}: expected a .txt list of picture numbers, or a folder of them")
+    return {file.stem.rpartition("_")[2]: read_ids(file) for file in files}
 
 
 def read_ids(path: str | os.PathLike[str]) -> list[int]:

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
+from posefabric import cli
 from posefabric.data.coco import read_coco
 from posefabric.data.image import read_image
-from posefabric.data.lsp import convert_lsp, crop_of_person, read_ids, shipped_ids
+from posefabric.data.lsp import convert_lsp, crop_of_person, ids_by_split, read_ids, shipped_ids
 from posefabric.skeletons import load_skeleton
 from posefabric.structures import DataError
 
@@ -178,3 +179,21 @@ def test_shared_pictures_have_the_stated_sizes():
     sizes = {entry["id"]: (entry["height"], entry["width"]) for entry in tree["images"]}
     for person in dataset.persons[::100]:
         assert read_image(person.file).shape[:2] == sizes[person.image_id]
+
+
+def test_the_command_takes_a_list_and_says_what_it_wrote(tmp_path, public, capsys):
+    folder, ramp, joints = public
+    write(folder, ramp, joints, np.ones((4, 14)), "lspet")
+    lists = tmp_path / "my_val.txt"
+    lists.write_text("# two persons\n1-2\n")
+    cli.data_app(["convert", "lsp", str(folder), "--ids", str(lists)], result_action="return_value")
+    said = capsys.readouterr().out
+    assert "val: persons 2" in said
+    dataset = read_coco(
+        folder / "coco" / "annotations" / "val.json",
+        folder / "coco" / "val",
+        load_skeleton("lsp14"),
+    )
+    assert [person.image_id for person in dataset.persons] == [1, 2]
+    with pytest.raises(DataError, match="expected a .txt list"):
+        ids_by_split(tmp_path / "nowhere.txt")
