@@ -147,7 +147,8 @@ def crop_of_person(
 def shipped_ids() -> dict[str, list[int]]:
     """The picture numbers of LSP Extended's train, val and test split."""
     folder = Path(str(resources.files("posefabric"))) / "data" / "ids"
-    return ids_by_split(folder)
+    lists = ids_by_split(folder)
+    return {split: lists[split] for split in ("train", "val", "test")}
 
 
 def ids_by_split(path: Path) -> dict[str, list[int]]:

@@ -195,5 +195,5 @@ def test_the_command_takes_a_list_and_says_what_it_wrote(tmp_path, public, capsy
         load_skeleton("lsp14"),
     )
     assert [person.image_id for person in dataset.persons] == [1, 2]
-    with pytest.raises(DataError, match="expected a .txt list"):
+    with pytest.raises(DataError, match=r"expected a \.txt list"):
         ids_by_split(tmp_path / "nowhere.txt")
