@@ -25,7 +25,8 @@ TRAINING_MARGIN = 1.5
 
 
 def open_dataset(config: DataConfig, split: Split, *, boxes: str | None = None) -> PersonDataset:
-    """The persons of one split. ``boxes``: a detections file instead of ground-truth boxes.
+    """The persons of one split. ``boxes``: a detections file instead of ground-truth boxes,
+    relative to the working folder or to ``data.root``.
 
     Raises PosefabricError when ``data.root`` is missing or has no such split.
     """
@@ -49,10 +50,14 @@ def open_dataset(config: DataConfig, split: Split, *, boxes: str | None = None) 
         root / annotations,
         root / getattr(config, f"{split}_images"),
         skeleton,
-        boxes=None if boxes is None else Path(boxes),
+        boxes=None if boxes is None else _found(Path(boxes), root),
         box_score_threshold=config.box_score_threshold,
         name=f"{root.name} {split}",
     )
+
+
+def _found(path: Path, root: Path) -> Path:
+    return root / path if not path.exists() and (root / path).exists() else path
 
 
 def make_codec(config: DataConfig) -> Codec:

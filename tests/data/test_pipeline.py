@@ -148,6 +148,10 @@ def test_coco_splits(coco: Path, tmp_path: Path) -> None:
     detected = open_dataset(strict, "val", boxes=str(boxes))
     assert [p.image_id for p in detected.persons] == [1]
     assert detected.persons[0].score == pytest.approx(0.9)
+    (coco / "found.json").write_text(boxes.read_text())
+    assert len(open_dataset(config, "val", boxes="found.json")) == 2
+    with pytest.raises(DataError, match=r"elsewhere\.json"):
+        open_dataset(config, "val", boxes="elsewhere.json")
 
 
 @pytest.mark.parametrize(
