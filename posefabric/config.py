@@ -41,6 +41,9 @@ class DataConfig(_Section):
     synthetic_train: int = Field(default=2000, ge=1)
     synthetic_val: int = Field(default=300, ge=1)
     synthetic_seed: int = 0
+    synthetic_turn: float = Field(
+        default=180.0, ge=0, le=180, description="degrees from facing the viewer; 180: any way up"
+    )
     input_wh: tuple[int, int] = (128, 128)
     preset: Literal["hrnet", "udp", "posenfs"] = "hrnet"
     sigma: float | None = Field(

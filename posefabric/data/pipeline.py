@@ -35,7 +35,8 @@ def open_dataset(config: DataConfig, split: Split, *, boxes: str | None = None) 
         count = {"train": config.synthetic_train}.get(split, config.synthetic_val)
         offset = {"train": 0, "val": 1, "test": 2}[split]
         seed = 3 * config.synthetic_seed + offset
-        return synthetic_people(count=count, seed=seed, skeleton=skeleton)
+        turn = config.synthetic_turn
+        return synthetic_people(count=count, seed=seed, skeleton=skeleton, turn=turn)
     if config.root is None:
         raise PosefabricError(
             "data.root is not set; give the data set's folder on the command line: data.root=DIR"

@@ -40,10 +40,18 @@ class Layout:
 
 
 def draw_layout(
-    body: Body, names: tuple[str, ...], picture_wh: tuple[int, int], rng: np.random.Generator
+    body: Body,
+    names: tuple[str, ...],
+    picture_wh: tuple[int, int],
+    rng: np.random.Generator,
+    *,
+    turn: float = 180.0,
 ) -> Layout:
+    """One scene; with ``turn`` below 180 figures stand upright, turned by at most so many
+    degrees from facing the viewer, which makes left and right much easier to tell.
+    """
     pose = draw_pose(body, rng)
-    view, yaw = _draw_camera(rng)
+    view, yaw = _draw_camera(rng, turn)
     size = min(picture_wh)
     cropped = rng.random() < 0.22
     for attempt in range(6):
@@ -70,13 +78,15 @@ def draw_layout(
     return Layout(pose, candidate, yaw, person, tuple(bystanders), tuple(covers))
 
 
-def _draw_camera(rng: np.random.Generator) -> tuple[View, float]:
+def _draw_camera(rng: np.random.Generator, turn: float) -> tuple[View, float]:
     yaw = rng.normal(0, 35) if rng.random() < 0.35 else rng.uniform(-180, 180)
     pitch = rng.normal(5, 12) if rng.random() < 0.85 else rng.uniform(-40, 60)
     kind = rng.random()
     roll = rng.normal(0, 8) if kind < 0.75 else rng.uniform(-180, 180)
     if 0.75 <= kind < 0.85:
         roll = rng.choice((-90.0, 90.0)) + rng.normal(0, 15)
+    if turn < 180:
+        yaw, roll = rng.uniform(-turn, turn), rng.normal(0, 8)
     distance = rng.uniform(3.0, 9.0)
     return View(camera_rotation(float(yaw), float(pitch), float(roll)), distance=distance), yaw
 

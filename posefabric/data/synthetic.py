@@ -33,6 +33,7 @@ class SyntheticPictures:
     body: Body
     names: tuple[str, ...]
     picture_wh: tuple[int, int]
+    turn: float = 180.0
 
     def __call__(self, person: Person) -> np.ndarray:
         """(H, W, 3) uint8 RGB; raises DataError for a person of another data set."""
@@ -46,7 +47,7 @@ class SyntheticPictures:
     def layout(self, index: int) -> Layout:
         """Pose, camera and what stands in front of the person in picture ``index``."""
         rng = np.random.default_rng((self.seed, index, 0))
-        return draw_layout(self.body, self.names, self.picture_wh, rng)
+        return draw_layout(self.body, self.names, self.picture_wh, rng, turn=self.turn)
 
     def picture(self, index: int) -> np.ndarray:
         """(H, W, 3) uint8 RGB of picture ``index``."""
@@ -78,23 +79,31 @@ class SyntheticPictures:
 
 
 def synthetic_people(
-    *, count: int, seed: int, skeleton: Skeleton, picture_wh: tuple[int, int] = (192, 192)
+    *,
+    count: int,
+    seed: int,
+    skeleton: Skeleton,
+    picture_wh: tuple[int, int] = (192, 192),
+    turn: float = 180.0,
 ) -> PersonDataset:
     """Pictures of one annotated synthetic creature each, drawn anew whenever they are read.
 
     A skeleton whose keypoints a human body has gives humans, one that needs a four-legged body
     gives animals. Boxes are the keypoints' extent plus 10 % and 2 px on every side, cut at the
     picture; areas are the figure's visible pixels. The same arguments give the same data set.
+    ``turn`` below 180 keeps figures upright and at most so many degrees from facing the viewer.
 
     Raises DataError when ``count`` or a side of ``picture_wh`` is out of range, or when no body
     has one of the skeleton's keypoints (the message names it).
     """
     if count < 1 or seed < 0:
         raise DataError(f"synthetic_people: expected count >= 1, seed >= 0, got {count}, {seed}")
+    if not 0 <= turn <= 180:
+        raise DataError(f"synthetic_people: expected turn in 0 .. 180 degrees, got {turn}")
     if min(picture_wh) < 32:
         raise DataError(f"synthetic_people: picture_wh: each side is at least 32, got {picture_wh}")
     body, names = find_body(skeleton)
-    pictures = SyntheticPictures(seed, body, names, picture_wh)
+    pictures = SyntheticPictures(seed, body, names, picture_wh, turn)
     return PersonDataset(
         name=f"synthetic {body.name} (seed {seed}, {count} pictures)",
         skeleton=skeleton,

@@ -109,14 +109,19 @@ class Supernet(FabricNetwork):
         alpha, beta = self.probabilities(part.name)
         if self.shape.faithful:
             alpha, beta = alpha * len(self.shape.operations), beta * 3
-        known_alpha, known_beta = alpha.tolist(), beta.tolist()
+        # What weighs exactly nothing changes neither outputs nor gradients; training leaves it
+        # out. Evaluation computes all of it: a mixture costs what its candidates cost.
+        no_alpha = (
+            (alpha == 0).logical_and(torch.tensor(self.training, device=alpha.device)).tolist()
+        )
+        no_beta = (beta == 0).logical_and(torch.tensor(self.training, device=alpha.device)).tolist()
         weights = []
         for row, cell in enumerate(part.cells):
             alpha_row = row if alpha.shape[0] > 1 else 0
-            sources = [_weight(beta[row, s.slot], known_beta[row][s.slot]) for s in cell.sources]
+            sources = [_weight(beta[row, s.slot], no_beta[row][s.slot]) for s in cell.sources]
             choices = [
                 [
-                    _weight(alpha[alpha_row, edge, i], known_alpha[alpha_row][edge][i])
+                    _weight(alpha[alpha_row, edge, i], no_alpha[alpha_row][edge][i])
                     for i in range(len(self.shape.operations))
                 ]
                 for edge in range(len(cell.edges))
@@ -155,9 +160,8 @@ class Supernet(FabricNetwork):
         return alpha, beta
 
 
-def _weight(value: Tensor, known: float) -> Weight:
-    """A number where the weight is exactly zero (nothing depends on it), else the tensor."""
-    return 0.0 if known == 0.0 else value
+def _weight(value: Tensor, left_out: bool) -> Weight:
+    return 0.0 if left_out else value
 
 
 def _entropy(probabilities: Tensor) -> Tensor:
