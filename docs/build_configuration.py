@@ -114,7 +114,6 @@ MEANINGS = {
     "search.strategy": "what moves alpha and beta ([method.md](method.md#search))",
     "search.relaxation": "from logits to weights; only sparsemax reaches exact zeros",
     "search.architecture_learning_rate": "of alpha and beta, under the same schedule",
-    "derive.fold": "has no effect: what is deployed is always folded",
     "derive.finetune": "train the compact network on, as `posefabric derive --finetune`",
 }
 

@@ -289,6 +289,7 @@ def _open_or_create(
 ) -> RunFolder:
     from posefabric.config import load_config, with_overrides
     from posefabric.run import RunFolder
+    from posefabric.skeletons import load_skeleton
 
     if resume and config is None:
         found = RunFolder.open(out)
@@ -297,6 +298,8 @@ def _open_or_create(
         settings = load_config(None, (config, *overrides))
     else:
         settings = load_config(config, overrides)
+    # A mistake in the user's own file is told of that file, not of the run's copy.
+    load_skeleton(settings.data.skeleton)
     for section, option in ((settings.data, "root"), (settings.model, "weights")):
         given = getattr(section, option)
         if given is not None and Path(given).exists():

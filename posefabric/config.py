@@ -171,7 +171,6 @@ class DeriveConfig(_Section):
     sources_kept: int | None = Field(
         default=None, ge=1, le=3, description="most sources a cell keeps"
     )
-    fold: bool = True
     finetune: bool = False
 
 

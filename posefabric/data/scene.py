@@ -96,7 +96,7 @@ def _draw_bystander(
 ) -> tuple[Pose, View, bool]:
     """Another figure whose middle lies beside the person, mostly behind."""
     pose = draw_pose(body, rng)
-    camera, _ = _draw_camera(rng)
+    camera, _ = _draw_camera(rng, 180.0)
     front = bool(rng.random() < 0.2)
     box = person.extent_xyxy()
     extent = float(max(box[2:] - box[:2])) * rng.uniform(0.5, 1.2)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +73,7 @@ class OnnxPoseEstimator:
             f" (architecture {digest})" if digest else ""
         )
 
-    @cached_property
+    @property
     def skeleton(self) -> Skeleton:
         """The skeleton in the file, for drawing (needs pyyaml, which prediction does not)."""
         from posefabric.skeletons import Skeleton

@@ -33,7 +33,8 @@ PathLike = str | os.PathLike[str]
 class Estimator(Protocol):
     """What PoseEstimator and OnnxPoseEstimator have in common."""
 
-    source: str
+    @property
+    def source(self) -> str: ...
 
     @property
     def skeleton(self) -> Skeleton: ...

@@ -9,7 +9,14 @@ from posefabric.config import Config
 from posefabric.structures import PosefabricError
 
 # Options that may differ on a resume: they say where and how fast, not what is computed.
-MACHINE_OPTIONS = {"device", "threads", "data.root", "data.workers", "data.cache"}
+MACHINE_OPTIONS = {
+    "device",
+    "threads",
+    "data.root",
+    "data.workers",
+    "data.cache",
+    "data.on_bad_image",
+}
 MACHINE_SUFFIX = ".checkpoint_every"
 
 

@@ -212,11 +212,11 @@ def test_the_mixture_can_be_asked_for(run: RunFolder) -> None:
 
 
 def test_another_skeleton_than_the_trained_one_is_refused(run: RunFolder) -> None:
-    skeleton = Path(run.config.data.skeleton)
+    skeleton = Path(RunFolder.open(run.path).resolve("auto").config.data.skeleton)
     text = skeleton.read_text()
     try:
         skeleton.write_text(text.replace("[a, b, c, d]", "[a, b, c, e]"))
-        with pytest.raises(PosefabricError, match=r"four\.yaml.*a, b, c, d; restore"):
+        with pytest.raises(PosefabricError, match=r"skeleton\.yaml.*a, b, c, d; restore"):
             PoseEstimator.load(run.path, device="cpu")
     finally:
         skeleton.write_text(text)
