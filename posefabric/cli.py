@@ -193,6 +193,8 @@ def predict(
         threshold=threshold,
     )
     say(", ".join(f"{key}: {value}" for key, value in summary.items()))
+    if not summary["pictures"]:
+        raise PosefabricError("none of the pictures could be read; see the warnings above")
 
 
 @app.command

@@ -220,6 +220,8 @@ def load_config(name_or_path: str | None, overrides: Sequence[str] = ()) -> Conf
         }
     for override in overrides:
         _apply_override(tree, override)
+    if overrides:
+        origin += " with the command line's options"
     return config_from_tree(tree, origin=origin)
 
 

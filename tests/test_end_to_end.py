@@ -109,6 +109,13 @@ def test_compact_and_onnx_predict_the_same(demo: Path, tmp_path: Path, monkeypat
     assert np.mean(np.abs(found[0] - found[1]) < 0.05) > 0.99
 
 
+def test_no_readable_picture_is_an_error(demo: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    (tmp_path / "broken.jpg").write_bytes(b"not a picture")
+    model = demo / "model.onnx"
+    assert command(monkeypatch, "predict", model, tmp_path, "--out", tmp_path / "found") == 1
+    assert "none of the pictures" in capsys.readouterr().err
+
+
 def test_derive_again_with_other_options_makes_another_child(
     demo: Path, monkeypatch, capsys
 ) -> None:
