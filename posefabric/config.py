@@ -127,7 +127,9 @@ class OptimConfig(_Section):
         default=0.0, ge=0, lt=1, description="decay of the averaged weights; 0: none"
     )
     loss: Literal["cross_entropy", "mse"] = "cross_entropy"
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="fp32", description="auto: bf16 where the device computes in it, else fp32"
+    )
     log_every: int = Field(default=10, ge=1)
     checkpoint_every: int = Field(default=100, ge=1, description="steps between checkpoints")
     evaluate_every: float = Field(

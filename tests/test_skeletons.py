@@ -135,6 +135,7 @@ def test_sigmas_by_list_and_by_name_are_the_same(tmp_path):
         ({**HAND, "groupings": {2: {"a": ["wrist"], "b": ["thumb"]}}}, "no part holds index"),
         ({**HAND, "groupings": {3: {"a": ["wrist", "thumb"], "b": ["index"]}}},
          "expected 3 named parts, got 2"),
+        ({**HAND, "groupings": {1: {"a.b": ["wrist", "thumb", "index"]}}}, r"'a\.b'.*without dots"),
         ({**HAND, "groupings": {2: {"a": ["wrist", "thumb", "index"], "b": []}}},
          "no keypoint in b"),
         ({**HAND, "sigmas": [0.1, 0.2]}, "expected 3 values.*got 2"),

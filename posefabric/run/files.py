@@ -87,8 +87,16 @@ def is_temporary(name: str) -> bool:
 
 
 def json_bytes(value: Any, *, indent: int | None = 1) -> bytes:
-    """JSON and a line end of plain values, paths, numpy and torch scalars and arrays."""
-    return json.dumps(value, indent=indent, default=_plain).encode() + b"\n"
+    """JSON and a line end of plain values, paths, numpy and torch scalars and arrays.
+
+    What is not finite becomes null, since JSON has no word for it.
+    """
+    try:
+        text = json.dumps(value, indent=indent, default=_plain, allow_nan=False)
+    except ValueError:
+        plain = json.loads(json.dumps(value, default=_plain), parse_constant=lambda _: None)
+        text = json.dumps(plain, indent=indent)
+    return text.encode() + b"\n"
 
 
 def _plain(value: Any) -> Any:

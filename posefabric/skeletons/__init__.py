@@ -229,6 +229,12 @@ class _Reader:
             group = {
                 str(part): self.many(members, f"{where}, {part}") for part, members in parts.items()
             }
+            # A part's name becomes a module's and a tensor's.
+            odd = [part for part in group if not part or "." in part or "/" in part]
+            if odd:
+                self.fail(
+                    f"{where}: the part name {odd[0]!r}: expected one without dots or slashes"
+                )
             empty = [part for part, members in group.items() if not members]
             if empty:
                 self.fail(f"{where}: no keypoint in {', '.join(empty)}")

@@ -29,10 +29,9 @@ from posefabric.train.optim import (
     set_rate,
     weight_groups,
 )
+from posefabric.train.precision import Precision, resolve_precision
 from posefabric.train.progress import Progress, StopRequest
 from posefabric.train.strategy import Strategy
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class TrainingStopped(PosefabricError):
@@ -46,6 +45,8 @@ class Trainer:
     Attributes:
         validate: called with the network every ``optim.evaluate_every`` epochs; its numbers
             are logged beside the step.
+        precision: what ``optim.precision`` came to on the device; known once ``fit`` began.
+        seconds, cpu_seconds: the clock's and all threads' time in steps, over all resumes.
         phase: the label of this phase's records in metrics.jsonl.
     """
 
@@ -60,7 +61,9 @@ class Trainer:
     validate: Callable[[FabricNetwork], dict[str, float]] | None = None
     step: int = 0
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     skipped_steps: int = 0
+    precision: Precision = "fp32"
     _bad_in_a_row: int = 0
     _optimiser: Any = None
     _average: AveragedWeights | None = None
@@ -82,7 +85,7 @@ class Trainer:
         self.run.set_state("running")
         with StopRequest() as stop, Progress() as progress:
             progress.start(self.total_steps, self.phase, step=self.step)
-            started = time.perf_counter()
+            started, cpu_started = time.perf_counter(), time.process_time()
             for step, crops in self._crops():
                 if step >= self.total_steps:
                     break
@@ -96,9 +99,10 @@ class Trainer:
                 batch = self.data.prepare(crops, step)
                 record = self._train_step(batch, step)
                 self.step = step + 1
-                now = time.perf_counter()
+                now, cpu_now = time.perf_counter(), time.process_time()
                 self.seconds += now - started
-                started = now
+                self.cpu_seconds += cpu_now - cpu_started
+                started, cpu_started = now, cpu_now
                 self._report(record, progress)
         self._finish()
 
@@ -111,6 +115,7 @@ class Trainer:
             raise
 
     def _prepare(self) -> None:
+        self.precision = resolve_precision(self.optim.precision, self.device)
         # First, so that averages and optimiser states come to lie beside the weights.
         self.network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         # Only a backbone with dropout draws from the global generator.
@@ -138,9 +143,7 @@ class Trainer:
         set_rate(self._optimiser, factor)
         self._optimiser.zero_grad(set_to_none=True)
         _copy_all(self._buffers, to=self._kept_buffers)
-        with torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.optim.precision == "bf16"
-        ):
+        with self._autocast():
             outputs = self.network(batch.images)
         loss = LOSSES[self.optim.loss](outputs.float(), batch.heatmaps, batch.weights)
         penalty = self.strategy.penalty(self.network, progress)
@@ -167,6 +170,9 @@ class Trainer:
             self._average.update(self.network, step)
         return record
 
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
     def _skip(self, batch: PoseBatch) -> None:
         # The forward pass has already moved the batch norms' statistics.
         _copy_all(self._kept_buffers, to=self._buffers)
@@ -174,9 +180,7 @@ class Trainer:
         self._bad_in_a_row += 1
         if self._bad_in_a_row <= self.optim.max_bad_steps:
             return
-        with torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.optim.precision == "bf16"
-        ):
+        with self._autocast():
             culprit = first_non_finite(self.network, batch.images)
         _copy_all(self._kept_buffers, to=self._buffers)
         self.run.set_state("failed")
@@ -226,6 +230,7 @@ class Trainer:
             "optimiser": self._optimiser.state_dict(),
             "average": None if self._average is None else self._average.state,
             "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
             "skipped_steps": self.skipped_steps,
             "bad_in_a_row": self._bad_in_a_row,
             "total_steps": self.total_steps,
@@ -244,6 +249,7 @@ class Trainer:
         if self._average is not None and state["average"] is not None:
             self._average.load(state["average"])
         self.seconds = state["seconds"]
+        self.cpu_seconds = state["cpu_seconds"]
         self.skipped_steps = state["skipped_steps"]
         self._bad_in_a_row = state["bad_in_a_row"]
         if "random" in state:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from typing import Any
 
@@ -43,6 +44,9 @@ def train_phase(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     keep_freed_memory()
+    # What is imported stays; the collector need not look through it again and again.
+    gc.collect()
+    gc.freeze()
     device = choose_device(config.device)
     validation = open_dataset(config.data, "val") if validation is None else validation
     data = TrainingData.open(
@@ -69,6 +73,8 @@ def train_phase(
     run.write_text(run.architecture_path.name, network.architecture().to_json())
     result = evaluate(network, config, validation, device=device)
     result["train_seconds"] = trainer.seconds
+    result["train_precision"] = trainer.precision
+    result["train_cpu_seconds"] = trainer.cpu_seconds
     result["train_steps"] = trainer.step
     result["skipped_steps"] = trainer.skipped_steps
     result["unreadable_train_files"] = len(data.loader.unreadable)

@@ -168,6 +168,23 @@ def test_bf16_gradients_are_those_of_float32(
     assert worst(gradients(module, x, towards, low=True), expected) < 0.15
 
 
+@pytest.mark.parametrize("height", [4, 7, 8])
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_training_computes_dilation_from_every_other_pixel(kernel: int, height: int) -> None:
+    """The same outputs and gradients as the convolution that evaluation runs, odd sides too."""
+    conv = DepthwiseConv2d(3, kernel=kernel, dilation=2).double()
+    outputs, gradients = [], []
+    for training in (False, True):
+        x = noise(2, 3, height, 9).double().requires_grad_()
+        out = conv.train(training)(x)
+        out.backward(noise(2, 3, height, 9, seed=1).double())
+        outputs.append(out.detach())
+        gradients.append((x.grad, conv.weight.grad.clone()))
+        conv.zero_grad()
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=1e-12)
+
+
 def plain_dilated(channels: int) -> nn.Conv2d:
     torch.manual_seed(0)
     return nn.Conv2d(channels, channels, 3, padding=2, dilation=2, groups=channels, bias=False)

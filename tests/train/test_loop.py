@@ -265,6 +265,10 @@ def test_a_non_finite_step_is_skipped_and_counted(way: str, tmp_path: Path) -> N
     assert trainer.skipped_steps == 1 and trainer.step == 6
     records = trainer.run.metrics()
     assert [r["step"] for r in records if r.get("skipped")] == [3]
+    # Strict JSON, which knows no NaN: what was not finite is null.
+    lines = trainer.run.metrics_path.read_text().splitlines()
+    assert all(isinstance(json.loads(line, parse_constant=pytest.fail), dict) for line in lines)
+    assert None in (records[2]["loss"], records[2]["gradient_norm"])
     before, after = spy.states[2], spy.states[3]
     for name, value in before.items():
         if "num_batches" not in name:
