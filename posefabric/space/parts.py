@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -33,9 +34,9 @@ def choose_parts(
 
 
 def _random_parts(skeleton: Skeleton, parts: str, seed: int) -> dict[str, tuple[int, ...]]:
-    word, _, number = parts.partition(":")
-    count = int(number or 3) if (number or "3").isdecimal() else 0
-    if word != "random" or not 1 <= count <= skeleton.num_keypoints:
+    match = re.fullmatch(r"random(?::(\d+))?", parts)
+    count = int(match[1] or 3) if match else 0
+    if not 1 <= count <= skeleton.num_keypoints:
         raise PosefabricError(
             f"model.parts={parts}: expected a number of parts, or random:P with P from 1 to the "
             f"{skeleton.num_keypoints} keypoints of skeleton {skeleton.name}"
