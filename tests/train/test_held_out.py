@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_loop import assert_equal_states, state_of
 from torch import Tensor
-from trainings import CASES, losses, make_config, make_trainer, people
+from trainings import losses, make_config, make_trainer, people
 
 from posefabric.search.bilevel import FirstOrder
 from posefabric.search.uniform import Uniform
@@ -119,9 +119,8 @@ def test_the_penalty_moves_the_architecture_and_not_the_weights(tmp_path: Path) 
     """The same search with and without: the first weights' loss agrees, alpha does not."""
     found = {}
     for name, sparsity in (("with", 50.0), ("without", 0.0)):
-        trainer, watching = watched(
-            tmp_path / name, sparsity=sparsity, sparsity_start=0.0, epochs=2.0
-        )
+        options = dict(sparsity=sparsity, sparsity_start=0.0, epochs=2.0)
+        trainer, watching = watched(tmp_path / name, **options)
         with torch.no_grad():
             trainer.network.get_parameter("alphas.all")[0, 0, 1] = 0.5
         trainer.fit()
@@ -130,8 +129,10 @@ def test_the_penalty_moves_the_architecture_and_not_the_weights(tmp_path: Path) 
     assert "penalty" not in records[0] and all(r["penalty"] > 0 for r in records[1:])
     assert all("penalty" not in r for r in found["without"][0])
     assert records[0]["loss"] == found["without"][0][0]["loss"]
-    assert not torch.equal(states[-1]["alphas.all"], found["without"][1][-1]["alphas.all"])
-    assert states[-1]["alphas.all"].softmax(-1).max() > 0.3 > 0.25, "towards a decision"
+    decided, free = (
+        side[-1]["alphas.all"].softmax(-1).square().sum() for side in (states, found["without"][1])
+    )
+    assert decided > free, "towards a decision"
 
 
 def test_before_the_start_they_rest(tmp_path: Path) -> None:
@@ -184,8 +185,7 @@ def test_non_finite_weights_are_found_behind_finite_pictures(tmp_path: Path) -> 
             assert torch.equal(value, state_of(trainer)[name]), name
 
 
-@pytest.mark.parametrize("case", ["first_order", "second_order"])
-def test_an_unreadable_held_out_picture_keeps_what_was_learned(case: str, tmp_path: Path) -> None:
+def test_an_unreadable_held_out_picture_keeps_what_was_learned(tmp_path: Path) -> None:
     good = people()
     broken = {"at": -1}
 
@@ -197,7 +197,7 @@ def test_an_unreadable_held_out_picture_keeps_what_was_learned(case: str, tmp_pa
     dataset = PersonDataset(
         name="one bad", skeleton=good.skeleton, persons=good.persons, read_image=read
     )
-    config = short(**{**CASES[case]["search"], "epochs": 1.0})
+    config = short(epochs=1.0)
     whole = make_trainer(tmp_path / "whole", config, dataset=dataset)
     whole.fit()
     folder = tmp_path / "run"
