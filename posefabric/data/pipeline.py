@@ -154,7 +154,7 @@ class TrainingData:
         if share == 0:
             return opened(seed=seed), None
         pictures = len({person.image_id for person in dataset.persons})
-        held_out, rows = (), ()
+        held_out = rows = np.array([], dtype=np.int64)
         if pictures > 1:
             held_out, rows = split_by_image(dataset, share, seed)
         # A batch norm needs two persons.

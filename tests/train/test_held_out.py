@@ -119,7 +119,7 @@ def test_the_penalty_moves_the_architecture_and_not_the_weights(tmp_path: Path) 
     """The same search with and without: the first weights' loss agrees, alpha does not."""
     found = {}
     for name, sparsity in (("with", 50.0), ("without", 0.0)):
-        options = dict(sparsity=sparsity, sparsity_start=0.0, epochs=2.0)
+        options: dict[str, Any] = dict(sparsity=sparsity, sparsity_start=0.0, epochs=2.0)
         trainer, watching = watched(tmp_path / name, **options)
         with torch.no_grad():
             trainer.network.get_parameter("alphas.all")[0, 0, 1] = 0.5
