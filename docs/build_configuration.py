@@ -113,7 +113,8 @@ MEANINGS = {
     "log_every": "steps between readings of speed and entropies",
     "search.strategy": "what moves alpha and beta ([method.md](method.md#search))",
     "search.relaxation": "from logits to weights; only sparsemax reaches exact zeros",
-    "search.architecture_learning_rate": "of alpha and beta, under the same schedule",
+    "search.architecture_learning_rate": "of alpha and beta; synchronous: under the weights' "
+    "schedule, first and second order: constant",
     "derive.finetune": "train the compact network on, as `posefabric derive --finetune`",
 }
 

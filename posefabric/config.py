@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -87,7 +88,11 @@ class ModelConfig(_Section):
     weights: str = Field(
         default="embedded", description="embedded, hub, none, or a local weights file"
     )
-    parts: int | Literal["random"] = Field(default=3, description="a grouping of the skeleton file")
+    parts: int | str = Field(
+        default=3,
+        description="P, a grouping of the skeleton file; `random:P`, a random partition by `seed` "
+        "(`random`: 3 parts)",
+    )
     channel_factor: int = Field(default=8, ge=1, description="C: a node has 4 C 2**scale channels")
     depth: int = Field(default=6, ge=1)
     first_layer: int = Field(default=3, ge=0)
@@ -100,6 +105,15 @@ class ModelConfig(_Section):
     )
     head: Literal["heatmap", "vector"] = "heatmap"
     vector_dim: int = Field(default=8, ge=1)
+
+    @field_validator("parts")
+    @classmethod
+    def _grouping_or_random(cls, value: int | str) -> int | str:
+        if isinstance(value, str) and value.isdecimal():
+            return int(value)
+        if isinstance(value, str) and not re.fullmatch(r"random(:[1-9]\d*)?", value):
+            raise ValueError("expected a number of parts, random, or random:P such as random:5")
+        return value
 
 
 class OptimConfig(_Section):
@@ -143,7 +157,9 @@ class OptimConfig(_Section):
 class SearchConfig(OptimConfig):
     """The supernet's training, in which alpha and beta are learned."""
 
-    strategy: Literal["uniform", "random", "synchronous"] = "synchronous"
+    strategy: Literal["uniform", "random", "synchronous", "first_order", "second_order"] = (
+        "synchronous"
+    )
     relaxation: Literal["softmax", "sparsemax"] = "softmax"
     temperature_end: float = Field(
         default=1.0, gt=0, le=1, description="logits are divided by it at the end"
@@ -151,6 +167,19 @@ class SearchConfig(OptimConfig):
     architecture_learning_rate: float = Field(default=1e-2, gt=0)
     architecture_start: float = Field(
         default=0.0, ge=0, lt=1, description="share of the search before alpha and beta move"
+    )
+    architecture_weight_decay: float = Field(
+        default=1e-3, ge=0, description="first and second order: L2, within their Adam"
+    )
+    architecture_share: float = Field(
+        default=0.5,
+        gt=0,
+        lt=1,
+        description="first and second order: share of the training persons that alpha and beta "
+        "learn from, the weights from the others",
+    )
+    unrolled_rate: float | None = Field(
+        default=None, ge=0, description="second order: xi; none: the weights' present rates"
     )
     sparsity: float = Field(default=0.0, ge=0, description="final weight of undecided operations")
     source_sparsity: float = Field(

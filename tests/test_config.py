@@ -52,6 +52,8 @@ def test_shipped_names_win_over_paths() -> None:
         ("search.learning_rate=1e-3", 1e-3),
         ("search.learning_rate=2", 2.0),
         ("model.parts=random", "random"),
+        ("model.parts=random:12", "random:12"),
+        ("model.parts='5'", 5),
         ("data.cache=false", False),
         ("data.root=/some/where=else", "/some/where=else"),
         ("data.root=null", None),
@@ -65,6 +67,12 @@ def test_override_values(text: str, value: object) -> None:
     for piece in text.partition("=")[0].split("."):
         node = getattr(node, piece)
     assert node == value and type(node) is type(value)
+
+
+@pytest.mark.parametrize("value", ["random:0", "randon", "random:2.5", "head"])
+def test_parts_that_are_none(value: str) -> None:
+    with pytest.raises(PosefabricError, match=rf"model\.parts.*random:P.*got '{value}'"):
+        load_config(None, [f"model.parts={value}"])
 
 
 def test_later_overrides_win_and_the_first_configuration_rests() -> None:

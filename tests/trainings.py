@@ -44,6 +44,17 @@ CASES: dict[str, dict[str, Any]] = {
         )
     ),
     "random": dict(search=dict(strategy="random", schedule="steps", loss="mse", ema=0.9)),
+    "first_order": dict(
+        search=dict(
+            strategy="first_order",
+            epochs=5.0,
+            ema=0.5,
+            sparsity=0.1,
+            sparsity_start=0.0,
+            temperature_end=0.5,
+        )
+    ),
+    "second_order": dict(search=dict(strategy="second_order", epochs=5.0)),
     "bf16": dict(search=dict(precision="bf16"), model=dict(head="vector", frozen_stem=True)),
 }
 
@@ -82,19 +93,23 @@ def make_trainer(
     run = RunFolder.create(folder, config=config, kind="search", exist_ok=True)
     network = build_supernet(config)
     optim: OptimConfig = config.search
+    strategy = strategy or STRATEGIES[config.search.strategy](config.search)
+    data, held_out = TrainingData.open_split(
+        config,
+        share=strategy.held_out_share(),
+        batch_size=optim.batch_size,
+        normalisation=network.normalisation,
+        seed=config.seed,
+        device=torch.device("cpu"),
+        dataset=dataset or people(),
+    )
     return Trainer(
         network=network,
-        data=TrainingData.open(
-            config,
-            batch_size=optim.batch_size,
-            normalisation=network.normalisation,
-            seed=config.seed,
-            device=torch.device("cpu"),
-            dataset=dataset or people(),
-        ),
+        data=data,
+        held_out=held_out,
         run=run,
         optim=optim,
-        strategy=strategy or STRATEGIES[config.search.strategy](config.search),
+        strategy=strategy,
         phase="search",
         seed=config.seed,
         device=torch.device("cpu"),

@@ -123,19 +123,21 @@ def split_by_image(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Split persons at random so that no picture is on both sides.
 
-    Returns two sorted arrays of rows: the first has about ``fraction`` of the pictures, at
-    least one, and leaves at least one. Raises PosefabricError when that cannot be.
+    Returns two sorted arrays of rows: the first has as nearly ``fraction`` of the persons as
+    whole pictures, taken in a random order, allow: at least one picture, and it leaves at least
+    one. Raises PosefabricError when that cannot be.
     """
     image_ids = np.array([person.image_id for person in dataset.persons], dtype=np.int64)
-    pictures = np.unique(image_ids)
+    pictures, persons = np.unique(image_ids, return_counts=True)
     if not 0 < fraction < 1 or len(pictures) < 2:
         raise PosefabricError(
             f"{dataset.name}: a split of {len(pictures)} pictures by fraction {fraction}: expected "
             "two pictures or more and a fraction between 0 and 1"
         )
-    count = min(max(round(fraction * len(pictures)), 1), len(pictures) - 1)
-    chosen = np.random.default_rng(seed).permutation(pictures)[:count]
-    first = np.isin(image_ids, chosen)
+    order = np.random.default_rng(seed).permutation(len(pictures))
+    misses = np.abs(np.cumsum(persons[order]) - fraction * len(image_ids))
+    count = int(np.argmin(misses[:-1])) + 1
+    first = np.isin(image_ids, pictures[order[:count]])
     return np.flatnonzero(first), np.flatnonzero(~first)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from posefabric.data.batch import Normalisation, prepare_batch
 from posefabric.data.coco import read_coco
 from posefabric.data.codec import Codec, default_sigma
 from posefabric.data.crop import CropGeometry
-from posefabric.data.loaders import CropLoader
+from posefabric.data.loaders import CropLoader, split_by_image
 from posefabric.data.synthetic import synthetic_people
 from posefabric.skeletons import Skeleton, load_skeleton
 from posefabric.structures import CropBatch, PersonDataset, PoseBatch, PosefabricError
@@ -95,7 +96,9 @@ class TrainingData:
         seed: int,
         device: torch.device,
         dataset: PersonDataset | None = None,
+        rows: np.ndarray | None = None,
     ) -> TrainingData:
+        """``rows``: the persons of the data set to use; none: all."""
         dataset = open_dataset(config.data, "train") if dataset is None else dataset
         geometry = CropGeometry(
             input_wh=config.data.input_wh, preset=config.data.preset, margin=TRAINING_MARGIN
@@ -103,7 +106,8 @@ class TrainingData:
         loader = CropLoader(
             dataset,
             geometry,
-            batch_size=min(batch_size, len(dataset)),
+            batch_size=min(batch_size, len(dataset) if rows is None else len(rows)),
+            rows=rows,
             seed=seed,
             workers=config.data.workers,
             cache=config.data.cache,
@@ -120,6 +124,50 @@ class TrainingData:
             seed=seed,
             device=device,
         )
+
+    @classmethod
+    def open_split(
+        cls,
+        config: Config,
+        *,
+        share: float,
+        batch_size: int,
+        normalisation: Normalisation,
+        seed: int,
+        device: torch.device,
+        dataset: PersonDataset | None = None,
+    ) -> tuple[TrainingData, TrainingData | None]:
+        """Data for the weights, and ``share`` of the persons held out for the architecture.
+
+        No picture is on both sides, ``seed`` decides which; a share of 0 holds nothing out.
+        Raises PosefabricError when a side would have less than two persons.
+        """
+        dataset = open_dataset(config.data, "train") if dataset is None else dataset
+        opened = functools.partial(
+            cls.open,
+            config,
+            batch_size=batch_size,
+            normalisation=normalisation,
+            device=device,
+            dataset=dataset,
+        )
+        if share == 0:
+            return opened(seed=seed), None
+        pictures = len({person.image_id for person in dataset.persons})
+        held_out = rows = np.array([], dtype=np.int64)
+        if pictures > 1:
+            held_out, rows = split_by_image(dataset, share, seed)
+        # A batch norm needs two persons.
+        if min(len(held_out), len(rows)) < 2:
+            raise PosefabricError(
+                f"{dataset.name}: {len(dataset)} persons in {pictures} pictures; holding out "
+                f"search.architecture_share={share} of them for the architecture needs two persons "
+                f"or more on each side, and no picture on both; give more pictures, another share, "
+                f"or search.strategy=synchronous, which holds nothing out"
+            )
+        # Another seed, or both sides would be augmented alike.
+        other = int(np.random.SeedSequence([seed, 1]).generate_state(1)[0])
+        return opened(seed=seed, rows=rows), opened(seed=other, rows=held_out)
 
     @property
     def skeleton(self) -> Skeleton:

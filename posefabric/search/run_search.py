@@ -9,6 +9,7 @@ from posefabric.config import SearchConfig
 from posefabric.models.build import build_supernet
 from posefabric.models.supernet import Supernet
 from posefabric.run import RunFolder
+from posefabric.search.bilevel import FirstOrder, SecondOrder
 from posefabric.search.random import Random
 from posefabric.search.synchronous import Synchronous
 from posefabric.search.uniform import Uniform
@@ -19,6 +20,8 @@ STRATEGIES: dict[str, Callable[[SearchConfig], Strategy]] = {
     "uniform": lambda config: Uniform(),
     "random": lambda config: Random(),
     "synchronous": Synchronous,
+    "first_order": FirstOrder,
+    "second_order": SecondOrder,
 }
 
 

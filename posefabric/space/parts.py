@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,26 +14,36 @@ from posefabric.structures import PosefabricError
 
 
 def choose_parts(
-    skeleton: Skeleton, parts: int | str, *, seed: int = 0, count: int = 3
+    skeleton: Skeleton, parts: int | str, *, seed: int = 0
 ) -> dict[str, tuple[int, ...]]:
     """Part name to keypoint indices: a grouping of the skeleton's file (PAPER section 2).
 
-    ``"random"`` deals the keypoints into ``count`` parts by ``seed``, a control.
+    ``"random:P"`` deals the keypoints by ``seed`` into P parts of nearly equal size, each
+    keypoint into one: the paper's control (section 5). ``"random"`` is ``"random:3"``.
     Raises PosefabricError for a grouping the skeleton does not have.
     """
-    if parts == "random":
-        order = np.random.default_rng(seed).permutation(skeleton.num_keypoints)
-        groups = np.array_split(order, count)
-        return {
-            f"random_{i}": tuple(sorted(int(k) for k in group)) for i, group in enumerate(groups)
-        }
+    if isinstance(parts, str):
+        return _random_parts(skeleton, parts, seed)
     if parts not in skeleton.groupings:
         known = ", ".join(str(p) for p in sorted(skeleton.groupings))
         raise PosefabricError(
             f"model.parts={parts}: skeleton {skeleton.name} has groupings for P = {known}; "
             f"choose one or add it to the skeleton's file"
         )
-    return {name: tuple(keypoints) for name, keypoints in skeleton.groupings[int(parts)].items()}
+    return {name: tuple(keypoints) for name, keypoints in skeleton.groupings[parts].items()}
+
+
+def _random_parts(skeleton: Skeleton, parts: str, seed: int) -> dict[str, tuple[int, ...]]:
+    match = re.fullmatch(r"random(?::(\d+))?", parts)
+    count = int(match[1] or 3) if match else 0
+    if not 1 <= count <= skeleton.num_keypoints:
+        raise PosefabricError(
+            f"model.parts={parts}: expected a number of parts, or random:P with P from 1 to the "
+            f"{skeleton.num_keypoints} keypoints of skeleton {skeleton.name}"
+        )
+    order = np.random.default_rng(seed).permutation(skeleton.num_keypoints)
+    groups = np.array_split(order, count)
+    return {f"random_{i}": tuple(sorted(int(k) for k in group)) for i, group in enumerate(groups)}
 
 
 class SumOfParts(torch.nn.Module):

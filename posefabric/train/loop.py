@@ -21,11 +21,13 @@ from posefabric.train.checkpoint import (
     restore_random_state,
     save_checkpoint,
 )
+from posefabric.train.held_out import ArchitectureTrainer
 from posefabric.train.loss import LOSSES
 from posefabric.train.optim import (
     AveragedWeights,
     make_optimiser,
     rate_factor,
+    rates_by_name,
     set_rate,
     weight_groups,
 )
@@ -43,6 +45,7 @@ class Trainer:
     """One phase of training a network in a run folder.
 
     Attributes:
+        held_out: persons for the architecture's own steps, for a strategy that wants them.
         validate: called with the network every ``optim.evaluate_every`` epochs; its numbers
             are logged beside the step.
         precision: what ``optim.precision`` came to on the device; known once ``fit`` began.
@@ -58,6 +61,7 @@ class Trainer:
     phase: str
     seed: int
     device: torch.device
+    held_out: TrainingData | None = None
     validate: Callable[[FabricNetwork], dict[str, float]] | None = None
     step: int = 0
     seconds: float = 0.0
@@ -67,12 +71,17 @@ class Trainer:
     _bad_in_a_row: int = 0
     _optimiser: Any = None
     _average: AveragedWeights | None = None
+    _architecture: ArchitectureTrainer | None = None
     _buffers: list[Tensor] = field(default_factory=list)
     _kept_buffers: list[Tensor] = field(default_factory=list)
 
     @property
     def total_steps(self) -> int:
         return max(1, round(self.optim.epochs * self.data.steps_per_epoch))
+
+    @property
+    def skipped_architecture_steps(self) -> int:
+        return 0 if self._architecture is None else self._architecture.skipped_steps
 
     def fit(self) -> None:
         """Train to the end, from the newest checkpoint if the run has one.
@@ -86,7 +95,7 @@ class Trainer:
         with StopRequest() as stop, Progress() as progress:
             progress.start(self.total_steps, self.phase, step=self.step)
             started, cpu_started = time.perf_counter(), time.process_time()
-            for step, crops in self._crops():
+            for step, crops, held_out in self._crops():
                 if step >= self.total_steps:
                     break
                 if stop.requested:
@@ -97,7 +106,7 @@ class Trainer:
                         f"command with --resume goes on from here"
                     )
                 batch = self.data.prepare(crops, step)
-                record = self._train_step(batch, step)
+                record = self._train_step(batch, step, held_out)
                 self.step = step + 1
                 now, cpu_now = time.perf_counter(), time.process_time()
                 self.seconds += now - started
@@ -106,9 +115,11 @@ class Trainer:
                 self._report(record, progress)
         self._finish()
 
-    def _crops(self) -> Iterator[tuple[int, CropBatch]]:
+    def _crops(self) -> Iterator[tuple[int, CropBatch, CropBatch | None]]:
+        held_out = None if self._architecture is None else self._architecture.crops(self.step)
         try:
-            yield from self.data.crops(self.step)
+            for step, crops in self.data.crops(self.step):
+                yield step, crops, None if held_out is None else next(held_out)
         except DataError:
             # What is learned so far outlives a bad picture.
             self._save()
@@ -126,6 +137,9 @@ class Trainer:
         self._optimiser = make_optimiser([*weight_groups(self.network, self.optim), *architecture])
         if self.optim.ema:
             self._average = AveragedWeights(self.network, self.optim.ema)
+        self._architecture = ArchitectureTrainer.make(
+            self.network, self.strategy, self.held_out, optim=self.optim, run=self.run
+        )
         restored = load_checkpoint(self.run)
         if restored is not None:
             self._restore(*restored)
@@ -136,17 +150,30 @@ class Trainer:
         self._buffers = [b for b in self.network.buffers() if b.is_floating_point()]
         self._kept_buffers = [b.clone() for b in self._buffers]
 
-    def _train_step(self, batch: PoseBatch, step: int) -> dict[str, Any]:
+    def _train_step(
+        self, batch: PoseBatch, step: int, held_out: CropBatch | None
+    ) -> dict[str, Any]:
         progress = step / self.total_steps
         self.strategy.schedule(self.network, progress)
         factor = rate_factor(self.optim, progress)
         set_rate(self._optimiser, factor)
+        architecture: dict[str, Any] = {}
+        if self._architecture is not None and held_out is not None:
+            architecture = self._architecture.step(
+                crops=held_out,
+                train=batch,
+                strategy=self.strategy,
+                rates=rates_by_name(self.network, self._optimiser),
+                step=step,
+                progress=progress,
+            )
         self._optimiser.zero_grad(set_to_none=True)
         _copy_all(self._buffers, to=self._kept_buffers)
         with self._autocast():
             outputs = self.network(batch.images)
         loss = LOSSES[self.optim.loss](outputs.float(), batch.heatmaps, batch.weights)
-        penalty = self.strategy.penalty(self.network, progress)
+        # With steps of their own, alpha and beta meet the penalty there.
+        penalty = None if held_out is not None else self.strategy.penalty(self.network, progress)
         objective = loss if penalty is None else loss + penalty
         objective.backward()
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.optim.clip_norm)
@@ -157,6 +184,7 @@ class Trainer:
             "loss": float(loss.detach()),
             "learning_rate": self.optim.learning_rate * factor,
             "gradient_norm": float(norm),
+            **architecture,
         }
         if penalty is not None:
             record["penalty"] = float(penalty.detach())
@@ -229,6 +257,7 @@ class Trainer:
             "network": self.network.state_dict(),
             "optimiser": self._optimiser.state_dict(),
             "average": None if self._average is None else self._average.state,
+            "architecture": None if self._architecture is None else self._architecture.state(),
             "seconds": self.seconds,
             "cpu_seconds": self.cpu_seconds,
             "skipped_steps": self.skipped_steps,
@@ -248,6 +277,8 @@ class Trainer:
         self._optimiser.load_state_dict(state["optimiser"])
         if self._average is not None and state["average"] is not None:
             self._average.load(state["average"])
+        if self._architecture is not None:
+            self._architecture.restore(state["architecture"])
         self.seconds = state["seconds"]
         self.cpu_seconds = state["cpu_seconds"]
         self.skipped_steps = state["skipped_steps"]

@@ -53,6 +53,12 @@ def set_rate(optimiser: torch.optim.Optimizer, factor: float) -> None:
         group["lr"] = group["base_lr"] * factor
 
 
+def rates_by_name(network: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, float]:
+    """The present learning rate of every parameter that an optimiser moves."""
+    rates = {id(p): group["lr"] for group in optimiser.param_groups for p in group["params"]}
+    return {name: rates[id(p)] for name, p in network.named_parameters() if id(p) in rates}
+
+
 class AveragedWeights:
     """Exponential moving average of a network's weights and statistics."""
 

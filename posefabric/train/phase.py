@@ -49,8 +49,9 @@ def train_phase(
     gc.freeze()
     device = choose_device(config.device)
     validation = open_dataset(config.data, "val") if validation is None else validation
-    data = TrainingData.open(
+    data, held_out = TrainingData.open_split(
         config,
+        share=strategy.held_out_share(),
         batch_size=optim.batch_size,
         normalisation=network.normalisation,
         seed=config.seed,
@@ -66,6 +67,7 @@ def train_phase(
         phase=phase,
         seed=config.seed,
         device=device,
+        held_out=held_out,
         validate=lambda current: headline(evaluate(current, config, validation, device=device)),
     )
     trainer.fit()
@@ -77,9 +79,15 @@ def train_phase(
     result["train_cpu_seconds"] = trainer.cpu_seconds
     result["train_steps"] = trainer.step
     result["skipped_steps"] = trainer.skipped_steps
-    result["unreadable_train_files"] = len(data.loader.unreadable)
-    if data.loader.unreadable:
-        _log.warning("%d unreadable training pictures were skipped", len(data.loader.unreadable))
+    unreadable = dict(data.loader.unreadable)
+    if held_out is not None:
+        unreadable.update(held_out.loader.unreadable)
+        result["train_persons"] = len(data.loader.rows)
+        result["held_out_persons"] = len(held_out.loader.rows)
+        result["skipped_architecture_steps"] = trainer.skipped_architecture_steps
+    result["unreadable_train_files"] = len(unreadable)
+    if unreadable:
+        _log.warning("%d unreadable training pictures were skipped", len(unreadable))
     run.write_json("evaluation.json", result)
     run.log(
         {

@@ -2,16 +2,50 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from posefabric.structures import PoseBatch
+
+
+class LossOf(Protocol):
+    """A network's loss on a batch, with tensors in the place of the weights they are named as.
+
+    ``exact`` computes in fp32 where the training does not. Leaves no trace in the network.
+    """
+
+    def __call__(
+        self, batch: PoseBatch, weights: Mapping[str, Tensor] | None = None, *, exact: bool = False
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What an architecture step may look at.
+
+    Attributes:
+        train: the batch of the weights' step that follows.
+        held_out: a batch of persons from whom the weights never learn.
+        rates: the weights by name, with the learning rate of the step that follows.
+        loss_of: the loss on a batch; differentiable by alpha, beta and the weights.
+    """
+
+    train: PoseBatch
+    held_out: PoseBatch
+    rates: Mapping[str, float]
+    loss_of: LossOf
 
 
 class Strategy:
     """How alpha and beta move while a network trains; this one lets them rest.
 
-    Plain training uses it as it is, searches override what they need.
+    Plain training uses it as it is, searches override what they need. alpha and beta move in
+    one of two ways: with the weights (``parameter_groups``), or by steps of their own on
+    persons held out for them (the three methods from ``held_out_share`` on).
     """
 
     name = "none"
@@ -27,9 +61,27 @@ class Strategy:
         """Before each step: set temperatures and the like from ``progress`` in 0..1."""
 
     def penalty(self, network: Any, progress: float) -> Tensor | None:
-        """A scalar added to the loss, or nothing."""
+        """A scalar added to the loss that moves alpha and beta, or nothing."""
         return None
 
     def readings(self, network: Any) -> dict[str, float]:
         """What to show and log of the architecture: its entropies."""
         return {}
+
+    def held_out_share(self) -> float:
+        """The share of the training persons that is kept from the weights; 0: none."""
+        return 0.0
+
+    def architecture_optimiser(self, network: Any) -> torch.optim.Optimizer | None:
+        """What moves alpha and beta on held-out persons; wanted when their share is above 0."""
+        return None
+
+    def architecture_gradients(
+        self, network: Any, evidence: Evidence, progress: float
+    ) -> tuple[Tensor, list[Tensor]] | None:
+        """Before each step of the weights: the held-out loss, and its gradients.
+
+        Gradients are in the order of ``network.arch_parameters()``, which require grad during
+        the call only; nothing of the network may move. None: alpha and beta rest in this step.
+        """
+        return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import multiprocessing
 import re
@@ -231,6 +232,25 @@ def test_split_keeps_pictures_together() -> None:
     assert first.tolist() != other.tolist()
     one, rest = split_by_image(people(4), 0.01, seed=0)
     assert len(one) == len(rest) == 2
+
+
+def test_a_split_counts_persons_not_pictures() -> None:
+    """Pictures of one to twelve persons: about half the persons, whatever the pictures."""
+    dataset = people(60)
+    pictures = np.repeat(np.arange(9), [12, 1, 12, 1, 12, 1, 1, 12, 8])
+    persons = [
+        dataclasses.replace(person, image_id=int(picture))
+        for person, picture in zip(dataset.persons, pictures, strict=True)
+    ]
+    dataset = dataclasses.replace(dataset, persons=persons)
+    shares = []
+    for seed in range(30):
+        first, second = split_by_image(dataset, 0.5, seed=seed)
+        assert sorted([*first, *second]) == list(range(60))
+        assert not set(pictures[first]) & set(pictures[second])
+        shares.append(len(first) / 60)
+    assert max(abs(share - 0.5) for share in shares) <= 0.1
+    assert np.mean(shares) == pytest.approx(0.5, abs=0.05)
 
 
 def test_wrong_options_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from posefabric.config import AugmentConfig, Config, DataConfig
 from posefabric.data.batch import Normalisation, prepare_batch
 from posefabric.data.pipeline import TrainingData, make_codec, open_dataset
 from posefabric.data.synthetic import write_coco
-from posefabric.structures import DataError, PoseBatch, PosefabricError
+from posefabric.structures import DataError, PersonDataset, PoseBatch, PosefabricError
 
 FIELDS = ("images", "heatmaps", "weights", "input_to_image", "index")
 
@@ -97,6 +98,74 @@ def test_a_small_data_set_makes_one_smaller_batch() -> None:
     data = make_data(batch_size=64)
     assert data.steps_per_epoch == 1 and data.loader.batch_size == 16
     assert make_data(batch_size=5).steps_per_epoch == 3, "a last, smaller batch is left out"
+
+
+def open_split(
+    share: float, seed: int = 0, dataset: PersonDataset | None = None
+) -> tuple[TrainingData, TrainingData | None]:
+    return TrainingData.open_split(
+        make_config(),
+        share=share,
+        batch_size=4,
+        normalisation=Normalisation(),
+        seed=seed,
+        device=torch.device("cpu"),
+        dataset=dataset or people(),
+    )
+
+
+def crowd(pictures: int) -> PersonDataset:
+    """The 16 people, several on a picture."""
+    persons = [
+        dataclasses.replace(person, image_id=1 + row % pictures)
+        for row, person in enumerate(people().persons)
+    ]
+    return dataclasses.replace(people(), persons=persons)
+
+
+def test_persons_are_held_out_by_picture_and_seed() -> None:
+    dataset = crowd(6)
+    found = []
+    for seed in range(4):
+        data, held_out = open_split(0.5, seed=seed, dataset=dataset)
+        assert held_out is not None
+        rows = [set(side.loader.rows.tolist()) for side in (data, held_out)]
+        assert rows[0] | rows[1] == set(range(16)) and not rows[0] & rows[1]
+        pictures = [{dataset.persons[row].image_id for row in side} for side in rows]
+        assert not pictures[0] & pictures[1]
+        assert abs(len(rows[1]) - 8) <= 2
+        for side, own, again in zip(
+            (data, held_out), rows, open_split(0.5, seed=seed, dataset=dataset), strict=True
+        ):
+            assert again is not None
+            assert again.loader.rows.tolist() == side.loader.rows.tolist() == sorted(own)
+            seen = [row for batch in batches(side, 0, 3) for row in batch.index.tolist()]
+            assert len(seen) == 12 and set(seen) <= own
+        found.append(tuple(sorted(rows[1])))
+    assert len(set(found)) > 1, "the seed decides"
+
+
+def test_without_a_share_nothing_is_held_out() -> None:
+    data, held_out = open_split(0.0)
+    assert held_out is None and data.loader.rows.tolist() == list(range(16))
+    assert equal(batches(data, 0, 1)[0], batches(make_data(), 0, 1)[0])
+
+
+def test_both_sides_are_augmented_by_draws_of_their_own() -> None:
+    data, held_out = open_split(0.5)
+    assert held_out is not None
+    step, crops = next(data.crops(0))
+    a, b = data.prepare(crops, step), held_out.prepare(crops, step)
+    assert torch.equal(a.index, b.index) and not torch.equal(a.input_to_image, b.input_to_image)
+
+
+@pytest.mark.parametrize(("pictures", "share"), [(1, 0.5), (16, 0.01), (16, 0.99)])
+def test_too_few_pictures_to_hold_some_out(pictures: int, share: float) -> None:
+    with pytest.raises(
+        PosefabricError,
+        match=rf"16 persons in {pictures} pictures.*architecture_share={share}.*each side.*synchro",
+    ):
+        open_split(share, dataset=crowd(pictures))
 
 
 def test_synthetic_splits_are_apart_and_seeded() -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from networks import make_supernet
+from trainings import make_config, make_trainer
 
 from posefabric.config import SearchConfig
 from posefabric.models.supernet import Supernet
@@ -32,10 +35,16 @@ def generator(seed: int) -> torch.Generator:
 
 
 def test_every_option_has_its_strategy() -> None:
-    for name in ("uniform", "random", "synchronous"):
-        made = STRATEGIES[name](SearchConfig(strategy=name))  # type: ignore[arg-type]
+    for name in get_args(SearchConfig.model_fields["strategy"].annotation):
+        made = STRATEGIES[name](SearchConfig(strategy=name))
         assert made.name == name and isinstance(made, Strategy)
-    assert set(STRATEGIES) == {"uniform", "random", "synchronous"}
+    assert set(STRATEGIES) == {
+        "uniform",
+        "random",
+        "synchronous",
+        "first_order",
+        "second_order",
+    }
 
 
 def test_the_plain_contract_does_nothing() -> None:
@@ -45,6 +54,7 @@ def test_the_plain_contract_does_nothing() -> None:
     strategy.schedule(network, 0.5)
     assert strategy.parameter_groups(network) == [] and strategy.penalty(network, 1.0) is None
     assert strategy.readings(network) == {}
+    assert strategy.held_out_share() == 0 and strategy.architecture_optimiser(network) is None
     assert all(torch.equal(before[k], v) for k, v in network.state_dict().items())
 
 
@@ -71,6 +81,21 @@ def test_random_draws_from_the_seed_and_rests() -> None:
     assert torch.equal(first, again) and not torch.equal(first, other)
     many = torch.cat([drawn(seed) for seed in range(40)])
     assert abs(many.mean()) < 0.1 and abs(many.std() - 1) < 0.1, "from N(0, 1)"
+
+
+def test_the_runs_seed_draws_the_random_architecture(tmp_path: Path) -> None:
+    """Two trainings of a seed agree in all of alpha and beta, another seed in none of it."""
+
+    def trained(name: str, seed: int) -> torch.Tensor:
+        options = dict(strategy="random", epochs=0.25)
+        trainer = make_trainer(tmp_path / name, make_config(seed=seed, search=options))
+        trainer.fit()
+        parameters = trainer.network.arch_parameters()  # type: ignore[attr-defined]
+        return torch.cat([p.detach().flatten() for p in parameters.values()])
+
+    first, again, other = trained("a", 3), trained("b", 3), trained("c", 4)
+    assert torch.equal(first, again) and not (first == other).any()
+    assert first.abs().min() > 0, "drawn, not left at zero"
 
 
 def config(**changes) -> SearchConfig:

@@ -48,7 +48,23 @@ def test_random_parts_are_a_seeded_partition() -> None:
     assert choose_parts(COCO, "random", seed=3) == chosen
     draws = {tuple(choose_parts(COCO, "random", seed=s).values()) for s in range(20)}
     assert len(draws) == 20
-    assert len(choose_parts(COCO, "random", seed=3, count=5)) == 5
+    assert choose_parts(COCO, "random:3", seed=3) == chosen
+
+
+@given(count=st.integers(1, 17), seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=40, deadline=None)
+def test_random_parts_of_any_number(count: int, seed: int) -> None:
+    chosen = choose_parts(COCO, f"random:{count}", seed=seed)
+    sizes = [len(keypoints) for keypoints in chosen.values()]
+    assert len(sizes) == count and max(sizes) - min(sizes) <= 1
+    assert sorted(k for keypoints in chosen.values() for k in keypoints) == list(range(17))
+    assert list(chosen) == [f"random_{i}" for i in range(count)]
+
+
+@pytest.mark.parametrize("parts", ["random:0", "random:18", "random:", "random:-1", "randon", "3"])
+def test_random_parts_that_cannot_be(parts: str) -> None:
+    with pytest.raises(PosefabricError, match=f"model.parts={parts}: .*random:P.*the 17 keypoints"):
+        choose_parts(COCO, parts)
 
 
 @given(data=st.data())

@@ -115,7 +115,8 @@ def test_resuming_is_exact(case: str, whole, tmp_path: Path) -> None:
     assert losses(folder) == expected_losses[: first + 1]
 
     trainer = make_trainer(folder, config, validate=mean_score)
-    hook = draw.choice(["schedule", "penalty"])
+    order = "order" in case  # alpha and beta have steps of their own
+    hook = "architecture_gradients" if order else draw.choice(["schedule", "penalty"])
     second = draw.randrange(0, STEPS - first - 1)
     trainer.strategy = Stopping(trainer.strategy, hook, second, crash)  # type: ignore[assignment]
     with pytest.raises(Crash):
@@ -382,9 +383,9 @@ def test_an_unreadable_picture_ends_the_training_but_keeps_what_was_learned(
     assert losses(folder) == whole("plain")[0]
 
 
-def start(folder: Path, *options: str) -> subprocess.Popen[bytes]:
+def start(folder: Path, *options: str, case: str = "sparsemax") -> subprocess.Popen[bytes]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPT), str(folder), "sparsemax", *options]
+    command = [sys.executable, str(SCRIPT), str(folder), case, *options]
     return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
 
 
@@ -401,24 +402,25 @@ def wait_for_step(
     raise AssertionError("the training did not get that far")
 
 
-def finish(folder: Path) -> dict[str, Tensor]:
-    assert start(folder).wait(120) == 0
+def finish(folder: Path, case: str = "sparsemax") -> dict[str, Tensor]:
+    assert start(folder, case=case).wait(120) == 0
     return torch.load(folder / "final.pt", weights_only=True)
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments(tmp_path: Path, whole) -> None:
+@pytest.mark.parametrize("case", ["sparsemax", "first_order", "second_order"])
+def test_killed_at_random_moments(case: str, tmp_path: Path, whole) -> None:
     draw, folder = random.Random(0), tmp_path / "run"
     for steps in (2, 5, 2):
         before = (folder / "metrics.jsonl").stat().st_mtime_ns if folder.exists() else 0
-        process = start(folder)
+        process = start(folder, case=case)
         wait_for_step(folder, steps, process, changed_after=before)
         time.sleep(draw.random() * 0.05)
         process.kill()
         process.wait(60)
-    state = finish(folder)
-    assert losses(folder) == whole("sparsemax")[0]
-    assert_equal_states(state, whole("sparsemax")[2])
+    state = finish(folder, case=case)
+    assert losses(folder) == whole(case)[0]
+    assert_equal_states(state, whole(case)[2])
 
 
 @pytest.mark.slow

@@ -50,6 +50,24 @@ def test_a_phase_leaves_weights_architecture_and_evaluation(tmp_path: Path) -> N
     assert again["preset"] == "hrnet" and again["input_wh"] == [64, 64]
 
 
+def test_a_phase_with_held_out_persons_says_so(tmp_path: Path) -> None:
+    """8 of 16 pictures for the weights: an epoch is 2 steps of 4 persons."""
+    config = make_config(search=dict(strategy="second_order", epochs=1.0, log_every=1))
+    run = RunFolder.create(tmp_path / "run", config=config, kind="search")
+    network, result = search(run)
+    assert (result["train_steps"], result["skipped_architecture_steps"]) == (2, 0)
+    assert (result["train_persons"], result["held_out_persons"]) == (8, 8)
+    assert all(p.abs().max() > 0 for p in network.arch_parameters().values())
+    steps = [r for r in run.metrics() if "loss" in r]
+    assert all(r["held_out_loss"] > 0 and r["architecture_gradient_norm"] > 0 for r in steps)
+    assert all("alpha_entropy" in r for r in steps)
+    with pytest.raises(PosefabricError, match=r"search\.architecture_share=0\.5.*two persons"):
+        config = make_config(
+            data=dict(synthetic_train=2), search=dict(strategy="first_order", batch_size=2)
+        )
+        search(RunFolder.create(tmp_path / "small", config=config, kind="search"))
+
+
 def val(result: dict) -> dict[str, float]:
     return {f"val_{name}": value for name, value in headline(result).items()}
 
