@@ -19,6 +19,7 @@ from posefabric.deploy.metro_panel import (
     weight_label,
 )
 from posefabric.space.architecture import Architecture, Choice, Edge, Part
+from posefabric.space.baseline import Baseline
 from posefabric.structures import PosefabricError
 
 if TYPE_CHECKING:
@@ -118,10 +119,11 @@ def architecture_image(
     return buffer.getvalue()
 
 
-def describe_architecture(architecture: Architecture) -> str:
+def describe_architecture(architecture: Architecture | Baseline) -> str:
     """The same as text, without matplotlib: a table a part, a row a cell, weights in columns.
 
-    ``copy`` columns are border copies: sources that stand in for one the grid lacks.
+    ``copy`` columns are border copies: sources that stand in for one the grid lacks. A baseline
+    has no cells, only what each of its outputs predicts.
     """
     backbone = architecture.backbone
     channels = ", ".join(f"{c} at 1/{4 * 2**s}" for s, c in enumerate(backbone.channels))
@@ -134,10 +136,17 @@ def describe_architecture(architecture: Architecture) -> str:
         f"backbone {backbone.name}: channels {channels}",
         f"head {head.kind}" + (f" of {head.dim}" if head.kind == "vector" else ""),
     ]
-    for part in architecture.parts:
+    if isinstance(architecture, Baseline):
+        blocks = f", {architecture.blocks} residual blocks" if architecture.blocks else ""
+        lines.append(f"network {architecture.network}: {architecture.width} channels{blocks}")
+        for branch in architecture.parts:
+            names = ", ".join(architecture.keypoint_names[k] for k in branch.keypoints)
+            lines += textwrap.wrap(f"{branch.name}: {names}", 98, subsequent_indent="    ")
+        return "\n".join(lines) + "\n"
+    for part in architecture.fabrics:
         names = ", ".join(architecture.keypoint_names[k] for k in part.keypoints)
         noun = "cell" if len(part.cells) == 1 else "cells"
-        heading = f"{part.name} ({len(part.cells)} {noun}): {names}"
+        heading = f"{part.name} ({len(part.cells)} {noun}): {names or 'the pyramid'}"
         lines += ["", *textwrap.wrap(heading, 98, subsequent_indent="    ")]
         lines += ["  " + line for line in _part_table(part)]
     return "\n".join(lines) + "\n"

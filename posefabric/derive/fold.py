@@ -3,14 +3,38 @@
 from __future__ import annotations
 
 import copy
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from posefabric.models.baselines import BaselineNetwork
 from posefabric.models.compact import CompactNetwork
 from posefabric.space.cell import Cell, FromCoarser, FromFiner, edge_name
 from posefabric.space.fabric import CellWeights, cell_name
+
+NetworkType = TypeVar("NetworkType", bound=nn.Module)
+
+
+def deployable(network: NetworkType) -> NetworkType:
+    """A network as it is shipped: folded where that is known to compute the same.
+
+    A mixture stays as it is, and so does what was folded before.
+    """
+    if isinstance(network, CompactNetwork) and not network.folded:
+        return fold(network)
+    if isinstance(network, BaselineNetwork):
+        return fold_norms(network)
+    return network
+
+
+@torch.no_grad()
+def fold_norms(network: BaselineNetwork) -> Any:
+    """A copy for inference with each batch norm moved into the convolution it reads."""
+    folded = copy.deepcopy(network).eval()
+    _fold_backbone(folded, folded.graph.input_wh)
+    return folded
 
 
 @torch.no_grad()
@@ -152,7 +176,7 @@ def _per_channel(weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
 def _fold_backbone(backbone: nn.Module, input_wh: tuple[int, int]) -> None:
     """Fuse each batch norm that reads a convolution's output into that convolution.
 
-    Which one it reads is seen by running the network, so any timm model will do.
+    Which one it reads is seen by running the network on images, so any timm model will do.
     """
     written: dict[int, tuple[str, Tensor]] = {}
     pairs: list[tuple[str, str]] = []
@@ -170,7 +194,7 @@ def _fold_backbone(backbone: nn.Module, input_wh: tuple[int, int]) -> None:
 
     handles = []
     for name, module in backbone.named_modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             handles.append(module.register_forward_hook(wrote(name)))
         elif isinstance(module, nn.BatchNorm2d):
             handles.append(module.register_forward_pre_hook(read(name)))
@@ -183,8 +207,10 @@ def _fold_backbone(backbone: nn.Module, input_wh: tuple[int, int]) -> None:
             handle.remove()
     for conv_name, norm_name in pairs:
         conv, norm = backbone.get_submodule(conv_name), backbone.get_submodule(norm_name)
-        assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
-        backbone.set_submodule(conv_name, fuse_conv_bn_eval(conv, norm))
+        assert isinstance(conv, nn.Conv2d | nn.ConvTranspose2d)
+        assert isinstance(norm, nn.BatchNorm2d)
+        transposed = isinstance(conv, nn.ConvTranspose2d)
+        backbone.set_submodule(conv_name, fuse_conv_bn_eval(conv, norm, transpose=transposed))
         # timm's norms carry the activation that follows them.
         rest = [getattr(norm, piece) for piece in ("drop", "act") if hasattr(norm, piece)]
         backbone.set_submodule(norm_name, nn.Sequential(*rest))

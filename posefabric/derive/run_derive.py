@@ -10,8 +10,10 @@ from posefabric.derive.discretize import discretize
 from posefabric.derive.fold import fold
 from posefabric.derive.prune import prune
 from posefabric.derive.transfer import transfer_weights
+from posefabric.models.baselines import BaselineNetwork
 from posefabric.models.build import load_network
 from posefabric.models.compact import CompactNetwork, build_compact
+from posefabric.models.network import PoseNetwork
 from posefabric.models.supernet import Supernet
 from posefabric.run import RunFolder
 from posefabric.structures import PosefabricError
@@ -29,6 +31,11 @@ def derive(run: RunFolder, child: RunFolder) -> tuple[CompactNetwork, dict[str, 
     """
     config = child.config
     mixture = load_network(run)
+    if isinstance(mixture, BaselineNetwork):
+        raise PosefabricError(
+            f"{run.path}: holds a {mixture.graph.network}, in which there is nothing to derive; "
+            f"`posefabric eval`, `export` and `predict` take it as it is"
+        )
     if not isinstance(mixture, Supernet):
         raise PosefabricError(
             f"{run.path}: a {run.kind} run holds no mixture; derive from a search run"
@@ -71,10 +78,10 @@ def derive(run: RunFolder, child: RunFolder) -> tuple[CompactNetwork, dict[str, 
     return compact, record
 
 
-def finetune(run: RunFolder, child: RunFolder) -> tuple[CompactNetwork, dict[str, Any]]:
-    """Train the compact network of ``run`` on, in the folder ``child``."""
+def finetune(run: RunFolder, child: RunFolder) -> tuple[PoseNetwork, dict[str, Any]]:
+    """Train the compact network, or the baseline, of ``run`` on, in the folder ``child``."""
     network = load_network(run)
-    if not isinstance(network, CompactNetwork):
+    if isinstance(network, Supernet):
         raise PosefabricError(f"{run.path}: holds a mixture; `posefabric derive` it first")
     config = child.config
     if config.model.frozen_stem:
