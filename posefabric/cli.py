@@ -67,10 +67,13 @@ def derive(run: RunPath, /, *overrides: str, finetune: bool = False) -> None:
         Train the compact network on, as `posefabric train` would.
     """
     from posefabric.config import with_overrides
+    from posefabric.derive.run_derive import check_derivable
     from posefabric.derive.run_derive import derive as run_derive
     from posefabric.run import RunFolder
 
-    parent = RunFolder.open(run).resolve("mixture")
+    opened = RunFolder.open(run)
+    check_derivable(opened)
+    parent = opened.resolve("mixture")
     config = with_overrides(parent.config, overrides)
     child = parent.new_child("derive", config)
     _, record = _failing_marked(child, lambda: run_derive(parent, child))

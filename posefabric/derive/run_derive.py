@@ -10,7 +10,6 @@ from posefabric.derive.discretize import discretize
 from posefabric.derive.fold import fold
 from posefabric.derive.prune import prune
 from posefabric.derive.transfer import transfer_weights
-from posefabric.models.baselines import BaselineNetwork
 from posefabric.models.build import load_network
 from posefabric.models.compact import CompactNetwork, build_compact
 from posefabric.models.network import PoseNetwork
@@ -22,6 +21,16 @@ from posefabric.train.phase import train_phase
 from posefabric.train.strategy import Strategy
 
 
+def check_derivable(run: RunFolder) -> None:
+    """PosefabricError for the run of a baseline."""
+    network = run.config.model.network
+    if network != "fabric":
+        raise PosefabricError(
+            f"{run.path}: holds a {network}, in which there is nothing to derive; `posefabric "
+            f"eval`, `export` and `predict` take it as it is"
+        )
+
+
 def derive(run: RunFolder, child: RunFolder) -> tuple[CompactNetwork, dict[str, Any]]:
     """Derive a compact network from the mixture of ``run`` into the folder ``child``.
 
@@ -30,12 +39,8 @@ def derive(run: RunFolder, child: RunFolder) -> tuple[CompactNetwork, dict[str, 
     largest value on seeded noise. Returns the network and that record.
     """
     config = child.config
+    check_derivable(run)
     mixture = load_network(run)
-    if isinstance(mixture, BaselineNetwork):
-        raise PosefabricError(
-            f"{run.path}: holds a {mixture.graph.network}, in which there is nothing to derive; "
-            f"`posefabric eval`, `export` and `predict` take it as it is"
-        )
     if not isinstance(mixture, Supernet):
         raise PosefabricError(
             f"{run.path}: a {run.kind} run holds no mixture; derive from a search run"
