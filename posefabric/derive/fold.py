@@ -11,6 +11,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from posefabric.models.baselines import BaselineNetwork
 from posefabric.models.compact import CompactNetwork
+from posefabric.models.fabric_backbone import FabricBackbone
 from posefabric.space.cell import Cell, FromCoarser, FromFiner, edge_name
 from posefabric.space.fabric import CellWeights, cell_name
 
@@ -46,21 +47,31 @@ def fold(network: CompactNetwork) -> CompactNetwork:
     takes the factor into its convolution. The copy is for inference, not for training.
     """
     folded = copy.deepcopy(network).eval()
-    _fold_backbone(folded.backbone, folded.graph.input_wh)
-    weights: dict[str, list[CellWeights]] = {}
+    backbone = folded.backbone
+    if isinstance(backbone, FabricBackbone):
+        _fold_backbone(backbone.stem, folded.graph.input_wh)
+        _fuse_reduction(backbone.reduce)
+    else:
+        _fold_backbone(backbone, folded.graph.input_wh)
     for part in folded.graph.parts:
-        module = folded.get_submodule(f"parts.{part.name}")
-        for reduce in module.get_submodule("reduce").children():
-            if isinstance(reduce, nn.Sequential):
-                _fuse_pairs(reduce)
+        for reduce in folded.get_submodule(f"parts.{part.name}.reduce").children():
+            _fuse_reduction(reduce)
+    places = folded.fabric_places()
+    weights: dict[str, list[CellWeights]] = {}
+    for part in folded.graph.fabrics:
         weights[part.name] = []
         for graph, own in zip(part.cells, network.cell_weights(part), strict=True):
-            cell = module.get_submodule(f"fabric.cells.{cell_name(graph)}")
+            cell = folded.get_submodule(f"{places[part.name]}.cells.{cell_name(graph)}")
             assert isinstance(cell, Cell)
             weights[part.name].append(_fold_cell(cell, own))
     folded.set_cell_weights(weights)
     folded.folded = True
     return folded
+
+
+def _fuse_reduction(reduce: nn.Module) -> None:
+    if isinstance(reduce, nn.Sequential):
+        _fuse_pairs(reduce)
 
 
 def _fold_cell(cell: Cell, weights: CellWeights) -> CellWeights:

@@ -109,7 +109,7 @@ def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def count_choices(graph: Any) -> dict[str, int]:
     """Cells, sources and operations that a graph keeps."""
-    cells = [cell for part in graph.parts for cell in part.cells]
+    cells = [cell for part in graph.fabrics for cell in part.cells]
     return {
         "cells": len(cells),
         "sources": sum(len(cell.sources) for cell in cells),

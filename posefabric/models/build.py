@@ -8,9 +8,14 @@ import torch
 
 from posefabric.config import Config, check_trainable
 from posefabric.data.pipeline import make_codec
-from posefabric.models.backbones import TimmBackbone, build_backbone
+from posefabric.models.backbones import build_backbone
 from posefabric.models.baselines import BASELINES, LEVELS, BaselineNetwork
 from posefabric.models.compact import build_compact
+from posefabric.models.fabric_backbone import (
+    FABRIC_BACKBONES,
+    build_fabric_backbone,
+    fabric_backbone_shape,
+)
 from posefabric.models.hrnet import build_hrnet
 from posefabric.models.network import PoseNetwork
 from posefabric.models.supernet import Supernet
@@ -70,11 +75,18 @@ def build_supernet(config: Config, *, pretrained: bool = True) -> Supernet:
     skeleton = load_skeleton(config.data.skeleton)
     torch.manual_seed(config.seed)
     shape = make_shape(config)
-    backbone: TimmBackbone = build_backbone(
-        config.model.backbone,
-        weights=config.model.weights if pretrained else "none",
-        levels=shape.pyramid_levels,
-    )
+    weights = config.model.weights if pretrained else "none"
+    name, levels = config.model.backbone, shape.pyramid_levels
+    backbone: Any
+    own_shape = None
+    if name in FABRIC_BACKBONES:
+        _check_fabric_backbone(config)
+        own_shape = fabric_backbone_shape(
+            name, operations=shape.operations, faithful=shape.faithful, levels=levels
+        )
+        backbone = build_fabric_backbone(name, own_shape)
+    else:
+        backbone = build_backbone(name, weights=weights, levels=levels)
     network = Supernet(
         shape=shape,
         parts=choose_parts(skeleton, config.model.parts, seed=config.seed),
@@ -85,10 +97,30 @@ def build_supernet(config: Config, *, pretrained: bool = True) -> Supernet:
         head=make_head(config),
         relaxation=config.search.relaxation,
         shared_alpha=config.model.shared_alpha,
+        backbone_shape=own_shape,
     )
     if config.model.frozen_stem:
         backbone.freeze_to_stride_4()
     return network
+
+
+def _check_fabric_backbone(config: Config) -> None:
+    model = config.model
+    if model.weights != "none":
+        raise PosefabricError(
+            f"model.weights={model.weights}: a fabric backbone ({model.backbone}) has no ImageNet "
+            f"weights, it learns from the start; set model.weights=none"
+        )
+    if model.frozen_stem:
+        raise PosefabricError(
+            f"model.frozen_stem=true: the stem of {model.backbone} has learned nothing yet; set "
+            f"model.frozen_stem=false"
+        )
+    if model.network != "fabric":
+        raise PosefabricError(
+            f"model.backbone={model.backbone}: is searched, which model.network={model.network} "
+            f"is not; choose a backbone of fixed architecture"
+        )
 
 
 def build_baseline(config: Config, *, pretrained: bool = True) -> BaselineNetwork:
@@ -99,6 +131,8 @@ def build_baseline(config: Config, *, pretrained: bool = True) -> BaselineNetwor
     check_trainable(config, "train")
     model = config.model
     assert model.network != "fabric"
+    if model.backbone in FABRIC_BACKBONES and model.network != "hrnet":
+        _check_fabric_backbone(config)
     skeleton = load_skeleton(config.data.skeleton)
     torch.manual_seed(config.seed)
     backbone = _baseline_backbone(

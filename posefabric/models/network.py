@@ -26,7 +26,7 @@ class PartNetwork(nn.Module):
         widths = level_widths(part)
         self.reduce = nn.ModuleDict()
         for scale in pyramid_scales(part, first_layer):
-            self.reduce[str(scale)] = _reduce(channels[scale], widths[scale], faithful)
+            self.reduce[str(scale)] = adapt_width(channels[scale], widths[scale], faithful)
         self.fabric = Fabric(part, first_layer=first_layer, faithful=faithful)
         self.head = PartHead(widths[0], len(part.keypoints), head)
 
@@ -36,7 +36,8 @@ class PartNetwork(nn.Module):
         return self.head(self.fabric(levels, weights, finest=pyramid[0]))
 
 
-def _reduce(width_in: int, width_out: int, faithful: bool) -> nn.Module:
+def adapt_width(width_in: int, width_out: int, faithful: bool) -> nn.Module:
+    """1x1 convolution and batch norm; faithful: without the norm, and only between widths."""
     if faithful and width_in == width_out:
         return nn.Identity()
     norm = nn.Identity() if faithful else nn.BatchNorm2d(width_out)
@@ -96,10 +97,23 @@ class FabricNetwork(PoseNetwork):
             }
         )
         self.join = SumOfParts([part.keypoints for part in graph.parts], len(graph.keypoint_names))
+        if graph.backbone.fabric is not None:
+            backbone.take_weights_from(self.backbone_weights)
 
     def cell_weights(self, part: Part) -> list[CellWeights]:
-        """The weights of one part's cells, in order of computation."""
+        """The weights of the cells of one of the graph's fabrics, in order of computation."""
         raise NotImplementedError
+
+    def backbone_weights(self) -> list[CellWeights]:
+        """The weights of a fabric backbone's cells."""
+        assert self.graph.backbone.fabric is not None
+        return self.cell_weights(self.graph.backbone.fabric)
+
+    def fabric_places(self) -> dict[str, str]:
+        """The name of each of the graph's fabrics to the name of its module."""
+        places = {part.name: f"parts.{part.name}.fabric" for part in self.graph.parts}
+        own = self.graph.backbone.fabric
+        return places if own is None else {own.name: "backbone.fabric", **places}
 
     def architecture(self) -> Architecture:
         raise NotImplementedError

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -160,6 +161,14 @@ class Architecture(Graph):
         """Everything that has cells: a fabric backbone, if it is one, then the parts."""
         own = self.backbone.fabric
         return self.parts if own is None else (own, *self.parts)
+
+    def with_fabrics(self, fabrics: Mapping[str, Part]) -> Architecture:
+        """A copy whose fabrics are those of that name."""
+        backbone, own = self.backbone, self.backbone.fabric
+        if own is not None:
+            backbone = backbone.model_copy(update={"fabric": fabrics[own.name]})
+        parts = tuple(fabrics[part.name] for part in self.parts)
+        return self.model_copy(update={"backbone": backbone, "parts": parts})
 
     def diff(self, other: Architecture) -> list[str]:
         """What another graph has lost (-), won (+) or changed (~), one line each."""
