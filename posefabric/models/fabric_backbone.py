@@ -8,10 +8,9 @@ from torch import Tensor, nn
 
 from posefabric.data.batch import Normalisation
 from posefabric.models.network import adapt_width
-from posefabric.space.architecture import Backbone
+from posefabric.space.architecture import STEM_WIDTH, Backbone
 from posefabric.space.fabric import BackboneShape, CellWeights, Fabric, level_widths
 
-STEM_WIDTH = 64
 LAYERS = 5
 POOLS = ("avg_pool_3x3", "max_pool_3x3")
 # Channel factor C and hidden nodes H. With five layers and the default candidates they have

@@ -16,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from posefabric.structures import PosefabricError
 
 FORMAT_VERSION = 1
+# Channels of the two convolutions before a fabric backbone.
+STEM_WIDTH = 64
 
 GraphType = TypeVar("GraphType", bound="Graph")
 
