@@ -67,10 +67,13 @@ def derive(run: RunPath, /, *overrides: str, finetune: bool = False) -> None:
         Train the compact network on, as `posefabric train` would.
     """
     from posefabric.config import with_overrides
+    from posefabric.derive.run_derive import check_derivable
     from posefabric.derive.run_derive import derive as run_derive
     from posefabric.run import RunFolder
 
-    parent = RunFolder.open(run).resolve("mixture")
+    opened = RunFolder.open(run)
+    check_derivable(opened)
+    parent = opened.resolve("mixture")
     config = with_overrides(parent.config, overrides)
     child = parent.new_child("derive", config)
     _, record = _failing_marked(child, lambda: run_derive(parent, child))
@@ -80,19 +83,39 @@ def derive(run: RunPath, /, *overrides: str, finetune: bool = False) -> None:
         say(f"{step:>10}: outputs moved by {value:.2e} of the largest")
     say(f"derived: {child.path}")
     if finetune or config.derive.finetune:
-        train(child.path)
+        train(str(child.path))
 
 
 @app.command
-def train(run: RunPath, /, *overrides: str, resume: Resume = False) -> None:
-    """Train the newest compact network of a run on, as a child run."""
+def train(
+    run: str | None = None,
+    /,
+    *overrides: str,
+    out: Annotated[Path | None, Parameter(help="the run folder of a baseline to write")] = None,
+    resume: Resume = False,
+) -> None:
+    """Train the newest compact network of a run on, as a child run; or a baseline from the start.
+
+    Both follow the options of the section finetune.
+
+    Parameters
+    ----------
+    run
+        A run folder; with --out, a shipped name or a YAML file whose model.network is a baseline.
+    """
     from posefabric.config import with_overrides
     from posefabric.derive.run_derive import finetune
     from posefabric.run import RunFolder
 
-    opened = RunFolder.open(run)
+    if out is not None or _is_config(run):
+        _train_baseline(run, overrides, out, resume=resume)
+        return
+    opened = RunFolder.open(str(run))
     if resume:
         child = _unfinished_child(opened)
+        if child.config.model.network != "fabric" and child.parent is None:
+            _train_baseline(None, overrides, child.path, resume=True)
+            return
         child = RunFolder.create(
             child.path, config=with_overrides(child.config, overrides), kind="train", exist_ok=True
         )
@@ -240,14 +263,16 @@ def show(run: str, /, *, which: Which = "auto", no_report: bool = False) -> None
     from posefabric.deploy.run_report import build_report, measure, stages, summary_table
     from posefabric.run import RunFolder
     from posefabric.space.architecture import Architecture
+    from posefabric.space.baseline import load_graph
 
     opened = RunFolder.open(run)
     chosen = opened.resolve(which)
-    architecture = Architecture.load(chosen.architecture_path)
+    graph = load_graph(chosen.architecture_path)
     say(chosen.describe())
-    say(describe_architecture(architecture))
-    path = opened.write_bytes("architecture.png", architecture_image(architecture, format="png"))
-    say(f"drawn: {path}")
+    say(describe_architecture(graph))
+    if isinstance(graph, Architecture):
+        path = opened.write_bytes("architecture.png", architecture_image(graph, format="png"))
+        say(f"drawn: {path}")
     if not no_report:
         measured = measure(stages(opened))
         show_table(summary_table(measured))
@@ -281,15 +306,47 @@ def _exit_code(error: PosefabricError) -> int:
     return 130 if type(error).__name__ == "TrainingStopped" else 1
 
 
+def _is_config(name: str | None) -> bool:
+    """Whether ``posefabric train`` was given a configuration, not a run folder."""
+    from posefabric.config import shipped_configs
+
+    if name is None or Path(name).is_dir():
+        return name is None
+    return name in shipped_configs() or Path(name).suffix in (".yaml", ".yml") or "=" in name
+
+
+def _train_baseline(
+    config: str | None, overrides: tuple[str, ...], out: Path | None, *, resume: bool
+) -> None:
+    from posefabric.train.from_start import train_from_start
+
+    if out is None:
+        raise PosefabricError(
+            "posefabric train: expected a run folder to train on, or --out RUN to train the "
+            f"baseline of a configuration into, got {config or 'neither'}"
+        )
+    if config is not None and (Path(config) / "run.json").is_file():
+        raise PosefabricError(
+            f"{config}: is a run folder, whose trainings are its children; leave out --out"
+        )
+    run = _open_or_create(out, "train", config, overrides, resume=resume)
+    if run.state == "finished":
+        say(f"{run.path}: is finished already")
+        return
+    _, result = _failing_marked(run, lambda: train_from_start(run))
+    print_table(result)
+    say(f"next: posefabric eval {out}")
+
+
 def _open_or_create(
     out: Path,
-    kind: Literal["search"],
+    kind: Literal["search", "train"],
     config: str | None,
     overrides: tuple[str, ...],
     *,
     resume: bool,
 ) -> RunFolder:
-    from posefabric.config import load_config, with_overrides
+    from posefabric.config import check_trainable, load_config, with_overrides
     from posefabric.run import RunFolder
     from posefabric.skeletons import load_skeleton
 
@@ -300,6 +357,7 @@ def _open_or_create(
         settings = load_config(None, (config, *overrides))
     else:
         settings = load_config(config, overrides)
+    check_trainable(settings, kind)
     # A mistake in the user's own file is told of that file, not of the run's copy.
     load_skeleton(settings.data.skeleton)
     for section, option in ((settings.data, "root"), (settings.model, "weights")):

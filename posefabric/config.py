@@ -82,8 +82,14 @@ class AugmentConfig(_Section):
 
 
 class ModelConfig(_Section):
-    """The supernet: one backbone and one fabric for each part (PAPER: cell-based neural fabric)."""
+    """The supernet: one backbone and one fabric for each part (PAPER: cell-based neural fabric).
 
+    Or a baseline, which `posefabric train` trains with the options of ``finetune``.
+    """
+
+    network: Literal["fabric", "branchnet", "simple_baseline", "hrnet"] = Field(
+        default="fabric", description="what is searched, or a baseline that is only trained"
+    )
     backbone: str = "tf_efficientnet_lite0"
     weights: str = Field(
         default="embedded", description="embedded, hub, none, or a local weights file"
@@ -105,6 +111,11 @@ class ModelConfig(_Section):
     )
     head: Literal["heatmap", "vector"] = "heatmap"
     vector_dim: int = Field(default=8, ge=1)
+    branch_width: int = Field(default=400, ge=4, description="channels of a Branchnet branch")
+    branch_blocks: int = Field(default=8, ge=0, description="residual blocks of a branch")
+    deconv_width: int = Field(
+        default=256, ge=1, description="channels of SimpleBaseline's deconvolutions"
+    )
 
     @field_validator("parts")
     @classmethod
@@ -269,6 +280,22 @@ def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
     for override in overrides:
         _apply_override(tree, override)
     return config_from_tree(tree, origin="overrides")
+
+
+def check_trainable(config: Config, command: Literal["search", "train"]) -> None:
+    """PosefabricError when a search is asked of a baseline, or plain training of a fabric."""
+    network = config.model.network
+    if command == "search" and network != "fabric":
+        raise PosefabricError(
+            f"model.network={network}: there is nothing to search in it; train it with "
+            f"`posefabric train CONFIG --out RUN`, or set model.network=fabric"
+        )
+    if command == "train" and network == "fabric":
+        raise PosefabricError(
+            "model.network=fabric: its architecture is not known before a search; use "
+            "`posefabric search`, then `derive`, or set model.network to a baseline (branchnet, "
+            "simple_baseline, hrnet)"
+        )
 
 
 def _find_yaml(name_or_path: str) -> Path:

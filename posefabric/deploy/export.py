@@ -24,10 +24,11 @@ from posefabric.data.codec import Codec
 from posefabric.data.crop import BOX_PADDING
 from posefabric.data.pipeline import make_codec
 from posefabric.deploy.onnx_predictor import EXPORT_VERSION
-from posefabric.derive.fold import fold
+from posefabric.derive.fold import deployable
 from posefabric.derive.prune import prune
 from posefabric.derive.transfer import transfer_weights
-from posefabric.models.compact import CompactNetwork, build_compact
+from posefabric.models.compact import build_compact
+from posefabric.models.network import PoseNetwork
 from posefabric.models.supernet import Supernet
 from posefabric.run import write_atomic
 from posefabric.skeletons import Skeleton
@@ -106,7 +107,7 @@ def export_onnx(
     target = Path(path)
     codec = make_codec(config.data)
     given = copy.deepcopy(network).cpu().eval()
-    graph = given.architecture() if isinstance(given, CompactNetwork | Supernet) else None
+    graph = given.architecture() if isinstance(given, PoseNetwork) else None
     if graph is not None and graph.keypoint_names != skeleton.keypoints:
         raise PosefabricError(
             f"skeleton {skeleton.name} has the keypoints {', '.join(skeleton.keypoints)}, the "
@@ -176,9 +177,7 @@ def _deployable(network: nn.Module) -> nn.Module:
         compact = build_compact(prune(network.architecture()))
         transfer_weights(network, compact)
         network = compact.eval()
-    if isinstance(network, CompactNetwork) and not network.folded:
-        network = fold(network)
-    return network
+    return deployable(network)
 
 
 def _check_crops(crops: np.ndarray | None, input_wh: tuple[int, int]) -> tuple[np.ndarray, str]:

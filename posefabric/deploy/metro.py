@@ -18,7 +18,8 @@ from posefabric.deploy.metro_panel import (
     panel_extent,
     weight_label,
 )
-from posefabric.space.architecture import Architecture, Choice, Edge, Part
+from posefabric.space.architecture import STEM_WIDTH, Architecture, Backbone, Choice, Edge, Part
+from posefabric.space.baseline import Baseline
 from posefabric.structures import PosefabricError
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ def draw_architecture(
 ) -> Figure:
     """One figure of all parts: a panel a part, layers across, scales 1/4 to 1/32 down.
 
+    A fabric backbone has a panel of its own, above them.
+
     Stations are cells (width and candidate operations with their weights), tracks are the kept
     sources, wide where their weight is large; dots are places of the grid nothing reaches.
 
@@ -72,14 +75,23 @@ def draw_architecture(
     width, height = columns * panel[0], rows * panel[1] + head + foot
     if len(parts) == 1 and columns > 1:
         width = panel[0] + _LEGEND  # beside one panel the legend needs less than a panel
+    below = height
+    own = _backbone_alone(architecture)
+    if own is not None:
+        own_extent = panel_extent(own)
+        own_wh = (own_extent.width * UNIT_WH[0], own_extent.height * UNIT_WH[1])
+        width, height = max(width, own_wh[0]), height + own_wh[1]
     figure = figure_class(figsize=(width, height), facecolor="white")
     colours = _operation_colours(architecture)
 
     def place(position: int) -> tuple[float, float, float, float]:
         left = position % columns * panel[0]
-        bottom = height - head - (position // columns + 1) * panel[1]
+        bottom = below - head - (position // columns + 1) * panel[1]
         return left / width, bottom / height, panel[0] / width, panel[1] / height
 
+    if own is not None:
+        corner = (0.0, (below - head) / height, own_wh[0] / width, own_wh[1] / height)
+        draw_part(figure.add_axes(corner), own, own.parts[0], own_extent, colours)
     for position, part in enumerate(parts):
         draw_part(figure.add_axes(place(position)), architecture, part, extent, colours)
     corner = place(len(parts)) if legend_inside else (0.0, 0.0, 1.0, foot / height)
@@ -97,6 +109,15 @@ def draw_architecture(
         0.5, 1 - 0.3 / height, title, ha="center", va="center", size=14, weight="bold", color=INK
     )
     return figure
+
+
+def _backbone_alone(architecture: Architecture) -> Architecture | None:
+    """A fabric backbone as if it were the one part of a network on its stem."""
+    fabric = architecture.backbone.fabric
+    if fabric is None:
+        return None
+    stem = Backbone(name="stem", channels=(STEM_WIDTH,))
+    return architecture.model_copy(update={"backbone": stem, "first_layer": 0, "parts": (fabric,)})
 
 
 def architecture_image(
@@ -118,10 +139,11 @@ def architecture_image(
     return buffer.getvalue()
 
 
-def describe_architecture(architecture: Architecture) -> str:
+def describe_architecture(architecture: Architecture | Baseline) -> str:
     """The same as text, without matplotlib: a table a part, a row a cell, weights in columns.
 
-    ``copy`` columns are border copies: sources that stand in for one the grid lacks.
+    ``copy`` columns are border copies: sources that stand in for one the grid lacks. A baseline
+    has no cells, only what each of its outputs predicts.
     """
     backbone = architecture.backbone
     channels = ", ".join(f"{c} at 1/{4 * 2**s}" for s, c in enumerate(backbone.channels))
@@ -134,10 +156,17 @@ def describe_architecture(architecture: Architecture) -> str:
         f"backbone {backbone.name}: channels {channels}",
         f"head {head.kind}" + (f" of {head.dim}" if head.kind == "vector" else ""),
     ]
-    for part in architecture.parts:
+    if isinstance(architecture, Baseline):
+        blocks = f", {architecture.blocks} residual blocks" if architecture.blocks else ""
+        lines.append(f"network {architecture.network}: {architecture.width} channels{blocks}")
+        for branch in architecture.parts:
+            names = ", ".join(architecture.keypoint_names[k] for k in branch.keypoints)
+            lines += textwrap.wrap(f"{branch.name}: {names}", 98, subsequent_indent="    ")
+        return "\n".join(lines) + "\n"
+    for part in architecture.fabrics:
         names = ", ".join(architecture.keypoint_names[k] for k in part.keypoints)
         noun = "cell" if len(part.cells) == 1 else "cells"
-        heading = f"{part.name} ({len(part.cells)} {noun}): {names}"
+        heading = f"{part.name} ({len(part.cells)} {noun}): {names or 'the pyramid'}"
         lines += ["", *textwrap.wrap(heading, 98, subsequent_indent="    ")]
         lines += ["  " + line for line in _part_table(part)]
     return "\n".join(lines) + "\n"
@@ -191,7 +220,7 @@ def _operation_colours(architecture: Architecture) -> dict[str, str]:
     """Operation to colour, in the order in which they first appear."""
     names = [
         choice.operation
-        for part in architecture.parts
+        for part in architecture.fabrics
         for cell in part.cells
         for edge in cell.edges
         for choice in edge.choices
@@ -214,7 +243,7 @@ def _draw_legend(
     from matplotlib.patches import Patch
 
     axes.set_axis_off()
-    sources = [s for part in architecture.parts for cell in part.cells for s in cell.sources]
+    sources = [s for part in architecture.fabrics for cell in part.cells for s in cell.sources]
     tracks = [
         Line2D([], [], color=colour, lw=4, label=_KIND_TEXT[kind])
         for kind, colour in KIND_COLOURS.items()

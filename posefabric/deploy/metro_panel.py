@@ -82,7 +82,8 @@ def draw_part(
         axes.plot([first - 1, last], [scale, scale], color="#edf0f4", lw=1.2, zorder=0)
         _text(axes, left + 0.36, scale, f"1/{4 * 2**scale}", size=7.5, color=PALE)
     for layer in range(first - 1, last + 1):
-        label = "backbone" if layer < first else f"layer {layer}"
+        before = "backbone" if part.keypoints else "stem"
+        label = before if layer < first else f"layer {layer}"
         _text(axes, layer, deepest + 0.47, label, size=7.5, color=PALE)
 
     cells = {(cell.layer, cell.scale) for cell in part.cells}
@@ -109,7 +110,7 @@ def draw_part(
             arrowprops={"arrowstyle": "-|>", "color": INK, "lw": 1.8, "shrinkA": 0, "shrinkB": 0},
         )
         count = len(part.keypoints)
-        text = f"{count} keypoint" + ("s" if count > 1 else "")
+        text = f"{count} keypoint" + ("s" if count > 1 else "") if count else "pyramid"
         _text(axes, last + _WIDE / 2 + 0.38, 0.2, text, size=7, color=INK)
 
 

@@ -15,9 +15,8 @@ from posefabric.data.codec import Codec
 from posefabric.data.crop import CropGeometry
 from posefabric.data.pipeline import make_codec
 from posefabric.deploy.persons import Boxes, Pictures, PosePrediction, predict_persons
-from posefabric.derive.fold import fold
+from posefabric.derive.fold import deployable
 from posefabric.models.build import choose_device, load_network
-from posefabric.models.compact import CompactNetwork
 from posefabric.run import RunFolder
 from posefabric.skeletons import Skeleton, load_skeleton
 from posefabric.structures import PosefabricError
@@ -85,10 +84,8 @@ class PoseEstimator:
                 "the skeleton file it was trained with"
             )
         normalisation = network.normalisation
-        if isinstance(network, CompactNetwork):
-            network = fold(network)
         return cls(
-            network=network,
+            network=deployable(network),
             skeleton=skeleton,
             codec=make_codec(run.config.data),
             normalisation=normalisation,

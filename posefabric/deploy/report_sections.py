@@ -26,6 +26,7 @@ from posefabric.deploy.report_headline import (
     percent,
 )
 from posefabric.space.architecture import Architecture
+from posefabric.space.baseline import Baseline
 from posefabric.structures import PosefabricError
 
 Records = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -61,7 +62,7 @@ def report_sections_from(
         commands: shell lines that reproduce the run.
         environment: label to value.
     """
-    sections = [headline_section(networks), searched_section(facts)]
+    sections = [headline_section(networks), facts_section(facts)]
     for section in (
         fabrics_section(networks),
         curves_section(records or {}),
@@ -80,19 +81,24 @@ def report_sections_from(
     return sections
 
 
-def searched_section(facts: Mapping[str, Any]) -> Section:
-    return Section("What was searched").add_facts(facts)
+def facts_section(facts: Mapping[str, Any]) -> Section:
+    title = "What was trained" if "network" in facts else "What was searched"
+    return Section(title).add_facts(facts)
 
 
 def fabrics_section(networks: Networks) -> Section:
     """The drawn architectures; as text only where matplotlib is missing."""
     section = Section("Architectures")
-    graphs: dict[str, Architecture] = {}
+    graphs: dict[str, Architecture | Baseline] = {}
     for name, network in networks.items():
         if network.get("architecture") is not None:
             graphs[name] = network["architecture"]
     for name, graph in graphs.items():
         caption = f"{name}, {graph.digest()}"
+        if isinstance(graph, Baseline):
+            section.add_text(f"{caption}: a baseline, {graph.network}; nothing in it is searched.")
+            section.add_details(f"{name} as text", describe_architecture(graph))
+            continue
         try:
             data = architecture_image(graph, title=name, columns=2)
         except PosefabricError as error:
@@ -181,7 +187,7 @@ def _shares_section(
 
 
 def _parts_from_joints(
-    pck: Mapping[str, Any], graph: Architecture | None
+    pck: Mapping[str, Any], graph: Architecture | Baseline | None
 ) -> dict[str, dict[str, Any]]:
     joints = pck.get("per_joint") or {}
     if graph is None or not joints:

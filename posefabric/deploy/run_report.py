@@ -15,28 +15,31 @@ from posefabric.deploy.draw import prediction_sheet, save_png
 from posefabric.deploy.ranking import rank_rows
 from posefabric.deploy.report import write_report
 from posefabric.deploy.report_sections import report_sections_from
-from posefabric.derive.fold import fold
+from posefabric.derive.fold import deployable
 from posefabric.evaluate.profile import compare
 from posefabric.evaluate.runner import predict_dataset
 from posefabric.models.build import load_network
-from posefabric.models.compact import CompactNetwork
-from posefabric.models.network import FabricNetwork
+from posefabric.models.network import PoseNetwork
 from posefabric.run import RunFolder
-from posefabric.space.architecture import Architecture
+from posefabric.space.baseline import load_graph
 from posefabric.structures import PersonDataset, Predictions
 from posefabric.train.phase import evaluate
 
 
-def shipped_network(run: RunFolder) -> FabricNetwork:
-    """The run's network as it is deployed: a compact one folded, a mixture as it is."""
-    network = load_network(run)
-    return fold(network) if isinstance(network, CompactNetwork) else network
+def shipped_network(run: RunFolder) -> PoseNetwork:
+    """The run's network as it is deployed: folded, a mixture as it is."""
+    return deployable(load_network(run))
 
 
 def stages(run: RunFolder) -> dict[str, RunFolder]:
-    """``mixture`` and, where there is one, ``compact``: the runs a report sets side by side."""
-    mixture = run.resolve("mixture")
+    """``mixture`` and, where there is one, ``compact``: the runs a report sets side by side.
+
+    A baseline stands alone, under its own name.
+    """
     newest = run.resolve("auto")
+    if newest.config.model.network != "fabric":
+        return {newest.config.model.network: newest}
+    mixture = run.resolve("mixture")
     found = {"mixture": mixture}
     if newest.kind != "search":
         found["compact"] = newest
@@ -53,12 +56,12 @@ def measure(runs: dict[str, RunFolder], *, repeats: int = 40) -> dict[str, dict[
         measured[name] = {
             "evaluation": evaluation_of(run, networks[name]),
             "profile": profiles[name],
-            "architecture": Architecture.load(run.architecture_path),
+            "architecture": load_graph(run.architecture_path),
         }
     return measured
 
 
-def evaluation_of(run: RunFolder, network: FabricNetwork) -> dict[str, Any]:
+def evaluation_of(run: RunFolder, network: PoseNetwork) -> dict[str, Any]:
     """The run's own evaluation on the validation persons; made now where there is none."""
     if (run.path / "evaluation.json").is_file():
         return run.read_json("evaluation.json")
@@ -69,7 +72,7 @@ def evaluation_of(run: RunFolder, network: FabricNetwork) -> dict[str, Any]:
 
 def summary_table(measured: dict[str, dict[str, Any]]) -> Table:
     """PCK, AP, parameters, MACs and milliseconds of each network."""
-    table = Table(title="Mixture and compact network")
+    table = Table(title=" and ".join(measured).capitalize().replace("_", " "))
     for column in ("", "PCK@0.2, %", "AP, %", "params, M", "MACs, M", "head MACs, M"):
         table.add_column(column, justify="right" if column else "left")
     table.add_column("ms", justify="right")
@@ -91,7 +94,7 @@ def summary_table(measured: dict[str, dict[str, Any]]) -> Table:
 
 
 def draw_sheets(
-    run: RunFolder, network: FabricNetwork, *, folder: Path, count: int = 24
+    run: RunFolder, network: PoseNetwork, *, folder: Path, count: int = 24
 ) -> dict[str, np.ndarray]:
     """Sheets of evenly drawn, best and worst validation persons, also saved in ``folder``."""
     config = run.config
@@ -114,7 +117,7 @@ def draw_sheets(
     return sheets
 
 
-def predict(network: FabricNetwork, config: Config, dataset: PersonDataset) -> Predictions:
+def predict(network: PoseNetwork, config: Config, dataset: PersonDataset) -> Predictions:
     return predict_dataset(
         network,
         dataset,
@@ -169,18 +172,25 @@ def _command(run: RunFolder) -> str:
 
 def _facts(top: RunFolder, newest: RunFolder) -> dict[str, Any]:
     config = top.config
-    seconds = {step.kind: step.info.get("train_seconds", 0.0) for step in _lineage(newest).values()}
-    return {
+    facts = {
         "skeleton": config.data.skeleton,
         "data": config.data.root or config.data.format,
         "input": " x ".join(map(str, config.data.input_wh)) + f", preset {config.data.preset}",
         "backbone": f"{config.model.backbone}, weights {config.model.weights}",
+    }
+    seconds = {step.kind: step.info.get("train_seconds", 0.0) for step in _lineage(newest).values()}
+    trained = {
+        "seed": config.seed,
+        "minutes of training": ", ".join(f"{k} {v / 60:.1f}" for k, v in seconds.items() if v),
+    }
+    if config.model.network != "fabric":
+        return facts | {"network": config.model.network, "loss": config.finetune.loss} | trained
+    return facts | {
         "parts": config.model.parts,
         "fabric": f"L={config.model.depth} from layer {config.model.first_layer}, "
         f"C={config.model.channel_factor}, H={config.model.hidden_nodes}, "
         f"{', '.join(config.model.operations)}",
         "strategy": f"{config.search.strategy}, {config.search.relaxation}",
         "loss": config.search.loss,
-        "seed": config.seed,
-        "minutes of training": ", ".join(f"{k} {v / 60:.1f}" for k, v in seconds.items() if v),
+        **trained,
     }

@@ -15,11 +15,11 @@ def discretize(
     The operation ``zero`` never wins (as in DARTS); its weight goes to those that stay. Not
     lossless unless the rest weighed nothing: fine-tune after it.
     """
-    parts = []
-    for part in graph.parts:
+    fabrics = {}
+    for part in graph.fabrics:
         cells = tuple(_discretize_cell(cell, operations_kept, sources_kept) for cell in part.cells)
-        parts.append(part.model_copy(update={"cells": cells}))
-    return graph.model_copy(update={"parts": tuple(parts)})
+        fabrics[part.name] = part.model_copy(update={"cells": cells})
+    return graph.with_fabrics(fabrics)
 
 
 def _discretize_cell(cell: Cell, operations_kept: int | None, sources_kept: int | None) -> Cell:

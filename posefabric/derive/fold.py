@@ -3,14 +3,39 @@
 from __future__ import annotations
 
 import copy
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from posefabric.models.baselines import BaselineNetwork
 from posefabric.models.compact import CompactNetwork
+from posefabric.models.fabric_backbone import FabricBackbone
 from posefabric.space.cell import Cell, FromCoarser, FromFiner, edge_name
 from posefabric.space.fabric import CellWeights, cell_name
+
+NetworkType = TypeVar("NetworkType", bound=nn.Module)
+
+
+def deployable(network: NetworkType) -> NetworkType:
+    """A network as it is shipped: folded where that is known to compute the same.
+
+    A mixture stays as it is, and so does what was folded before.
+    """
+    if isinstance(network, CompactNetwork) and not network.folded:
+        return fold(network)
+    if isinstance(network, BaselineNetwork):
+        return fold_norms(network)
+    return network
+
+
+@torch.no_grad()
+def fold_norms(network: BaselineNetwork) -> Any:
+    """A copy for inference with each batch norm moved into the convolution it reads."""
+    folded = copy.deepcopy(network).eval()
+    _fold_backbone(folded, folded.graph.input_wh)
+    return folded
 
 
 @torch.no_grad()
@@ -22,21 +47,31 @@ def fold(network: CompactNetwork) -> CompactNetwork:
     takes the factor into its convolution. The copy is for inference, not for training.
     """
     folded = copy.deepcopy(network).eval()
-    _fold_backbone(folded.backbone, folded.graph.input_wh)
-    weights: dict[str, list[CellWeights]] = {}
+    backbone = folded.backbone
+    if isinstance(backbone, FabricBackbone):
+        _fold_backbone(backbone.stem, folded.graph.input_wh)
+        _fuse_reduction(backbone.reduce)
+    else:
+        _fold_backbone(backbone, folded.graph.input_wh)
     for part in folded.graph.parts:
-        module = folded.get_submodule(f"parts.{part.name}")
-        for reduce in module.get_submodule("reduce").children():
-            if isinstance(reduce, nn.Sequential):
-                _fuse_pairs(reduce)
+        for reduce in folded.get_submodule(f"parts.{part.name}.reduce").children():
+            _fuse_reduction(reduce)
+    places = folded.fabric_places()
+    weights: dict[str, list[CellWeights]] = {}
+    for part in folded.graph.fabrics:
         weights[part.name] = []
         for graph, own in zip(part.cells, network.cell_weights(part), strict=True):
-            cell = module.get_submodule(f"fabric.cells.{cell_name(graph)}")
+            cell = folded.get_submodule(f"{places[part.name]}.cells.{cell_name(graph)}")
             assert isinstance(cell, Cell)
             weights[part.name].append(_fold_cell(cell, own))
     folded.set_cell_weights(weights)
     folded.folded = True
     return folded
+
+
+def _fuse_reduction(reduce: nn.Module) -> None:
+    if isinstance(reduce, nn.Sequential):
+        _fuse_pairs(reduce)
 
 
 def _fold_cell(cell: Cell, weights: CellWeights) -> CellWeights:
@@ -152,7 +187,7 @@ def _per_channel(weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
 def _fold_backbone(backbone: nn.Module, input_wh: tuple[int, int]) -> None:
     """Fuse each batch norm that reads a convolution's output into that convolution.
 
-    Which one it reads is seen by running the network, so any timm model will do.
+    Which one it reads is seen by running the network on images, so any timm model will do.
     """
     written: dict[int, tuple[str, Tensor]] = {}
     pairs: list[tuple[str, str]] = []
@@ -170,7 +205,7 @@ def _fold_backbone(backbone: nn.Module, input_wh: tuple[int, int]) -> None:
 
     handles = []
     for name, module in backbone.named_modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             handles.append(module.register_forward_hook(wrote(name)))
         elif isinstance(module, nn.BatchNorm2d):
             handles.append(module.register_forward_pre_hook(read(name)))
@@ -183,8 +218,10 @@ def _fold_backbone(backbone: nn.Module, input_wh: tuple[int, int]) -> None:
             handle.remove()
     for conv_name, norm_name in pairs:
         conv, norm = backbone.get_submodule(conv_name), backbone.get_submodule(norm_name)
-        assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
-        backbone.set_submodule(conv_name, fuse_conv_bn_eval(conv, norm))
+        assert isinstance(conv, nn.Conv2d | nn.ConvTranspose2d)
+        assert isinstance(norm, nn.BatchNorm2d)
+        transposed = isinstance(conv, nn.ConvTranspose2d)
+        backbone.set_submodule(conv_name, fuse_conv_bn_eval(conv, norm, transpose=transposed))
         # timm's norms carry the activation that follows them.
         rest = [getattr(norm, piece) for piece in ("drop", "act") if hasattr(norm, piece)]
         backbone.set_submodule(norm_name, nn.Sequential(*rest))

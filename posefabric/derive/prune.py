@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from posefabric.space.architecture import Architecture, Backbone, Cell, Edge, Part
 from posefabric.space.fabric import pyramid_scales
 
@@ -13,22 +15,29 @@ def prune(graph: Architecture, *, threshold: float = 0.0) -> Architecture:
     ``threshold`` above 0, choices and sources with a smaller share of their edge or cell go
     too, the others keep the sum; that is no longer lossless.
     """
-    parts = tuple(_prune_part(part, threshold) for part in graph.parts)
-    return cut_backbone(graph.model_copy(update={"parts": parts}))
+    parts = tuple(_prune_part(part, threshold, outputs=(0,)) for part in graph.parts)
+    return cut_backbone(graph.model_copy(update={"parts": parts}), threshold=threshold)
 
 
-def cut_backbone(graph: Architecture) -> Architecture:
-    """The graph with its backbone cut after the deepest level that a part reads."""
+def cut_backbone(graph: Architecture, *, threshold: float = 0.0) -> Architecture:
+    """The graph with its backbone cut after the deepest level that a part reads.
+
+    A fabric backbone is pruned as a part is, with the levels that are read as its outputs.
+    """
     scales = [s for part in graph.parts for s in pyramid_scales(part, graph.first_layer)]
     levels = max(scales, default=0) + 1
-    backbone = Backbone(name=graph.backbone.name, channels=graph.backbone.channels[:levels])
+    fabric = graph.backbone.fabric
+    if fabric is not None:
+        fabric = _prune_part(fabric, threshold, outputs=scales or (0,))
+    channels = graph.backbone.channels[:levels]
+    backbone = Backbone(name=graph.backbone.name, channels=channels, fabric=fabric)
     return graph.model_copy(update={"backbone": backbone})
 
 
-def _prune_part(part: Part, threshold: float) -> Part:
+def _prune_part(part: Part, threshold: float, *, outputs: Sequence[int]) -> Part:
     cells = [_prune_cell(cell, threshold) for cell in part.cells]
     last = cells[-1].layer
-    needed = {(last, 0)}
+    needed = {(last, scale) for scale in outputs}
     for cell in reversed(cells):
         if (cell.layer, cell.scale) in needed:
             needed.update((cell.layer - 1, source.scale) for source in cell.sources)

@@ -12,12 +12,23 @@ from posefabric.derive.prune import prune
 from posefabric.derive.transfer import transfer_weights
 from posefabric.models.build import load_network
 from posefabric.models.compact import CompactNetwork, build_compact
+from posefabric.models.network import PoseNetwork
 from posefabric.models.supernet import Supernet
 from posefabric.run import RunFolder
 from posefabric.structures import PosefabricError
 from posefabric.train.checkpoint import save_weights
 from posefabric.train.phase import train_phase
 from posefabric.train.strategy import Strategy
+
+
+def check_derivable(run: RunFolder) -> None:
+    """PosefabricError for the run of a baseline."""
+    network = run.config.model.network
+    if network != "fabric":
+        raise PosefabricError(
+            f"{run.path}: holds a {network}, in which there is nothing to derive; `posefabric "
+            f"eval`, `export` and `predict` take it as it is"
+        )
 
 
 def derive(run: RunFolder, child: RunFolder) -> tuple[CompactNetwork, dict[str, Any]]:
@@ -28,6 +39,7 @@ def derive(run: RunFolder, child: RunFolder) -> tuple[CompactNetwork, dict[str, 
     largest value on seeded noise. Returns the network and that record.
     """
     config = child.config
+    check_derivable(run)
     mixture = load_network(run)
     if not isinstance(mixture, Supernet):
         raise PosefabricError(
@@ -71,10 +83,10 @@ def derive(run: RunFolder, child: RunFolder) -> tuple[CompactNetwork, dict[str, 
     return compact, record
 
 
-def finetune(run: RunFolder, child: RunFolder) -> tuple[CompactNetwork, dict[str, Any]]:
-    """Train the compact network of ``run`` on, in the folder ``child``."""
+def finetune(run: RunFolder, child: RunFolder) -> tuple[PoseNetwork, dict[str, Any]]:
+    """Train the compact network, or the baseline, of ``run`` on, in the folder ``child``."""
     network = load_network(run)
-    if not isinstance(network, CompactNetwork):
+    if isinstance(network, Supernet):
         raise PosefabricError(f"{run.path}: holds a mixture; `posefabric derive` it first")
     config = child.config
     if config.model.frozen_stem:
@@ -97,7 +109,7 @@ def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def count_choices(graph: Any) -> dict[str, int]:
     """Cells, sources and operations that a graph keeps."""
-    cells = [cell for part in graph.parts for cell in part.cells]
+    cells = [cell for part in graph.fabrics for cell in part.cells]
     return {
         "cells": len(cells),
         "sources": sum(len(cell.sources) for cell in cells),

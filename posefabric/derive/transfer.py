@@ -35,9 +35,10 @@ def transfer_weights(source: FabricNetwork, target: CompactNetwork) -> None:
 
 def _changed_tensors(source: FabricNetwork, target: CompactNetwork) -> dict[str, Tensor]:
     changed = {}
-    for part in target.graph.parts:
+    places = target.fabric_places()
+    for part in target.graph.fabrics:
         for cell in part.cells:
-            place = f"parts.{part.name}.fabric.cells.{cell_name(cell)}"
+            place = f"{places[part.name]}.cells.{cell_name(cell)}"
             try:
                 old = source.get_submodule(place)
             except AttributeError:

@@ -113,8 +113,14 @@ def build_backbone(name: str, *, weights: str, levels: int = 4) -> TimmBackbone:
     Raises PosefabricError when the weights cannot be had, saying what else to do.
     """
     backbone = TimmBackbone(name, levels=levels)
+    load_backbone_weights(backbone, name, weights=weights)
+    return backbone
+
+
+def load_backbone_weights(backbone: Any, name: str, *, weights: str) -> None:
+    """Fill ``backbone.body`` as :func:`build_backbone` says."""
     if weights == "none":
-        return backbone
+        return
     if weights == "embedded":
         if name != EMBEDDED:
             raise PosefabricError(
@@ -126,7 +132,6 @@ def build_backbone(name: str, *, weights: str, levels: int = 4) -> TimmBackbone:
         _load_from_hub(backbone, name)
     else:
         _load_by_name(backbone.body, read_state(Path(weights)), origin=weights)
-    return backbone
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -204,7 +209,7 @@ def _load_by_name(body: nn.Module, state: dict[str, Tensor], *, origin: str) -> 
             tensor.copy_(value)
 
 
-def _load_from_hub(backbone: TimmBackbone, name: str) -> None:
+def _load_from_hub(backbone: Any, name: str) -> None:
     timm = import_timm()
     import huggingface_hub.constants as hub
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from posefabric.models.backbones import TimmBackbone
+from posefabric.models.fabric_backbone import FabricBackbone
 from posefabric.models.network import FabricNetwork
 from posefabric.space.architecture import Architecture, Part
 from posefabric.space.fabric import CellWeights
@@ -11,10 +14,10 @@ from posefabric.space.fabric import CellWeights
 class CompactNetwork(FabricNetwork):
     """The graph's weights are constants; after folding they are all 1 and disappear."""
 
-    def __init__(self, *, graph: Architecture, backbone: TimmBackbone) -> None:
+    def __init__(self, *, graph: Architecture, backbone: Any) -> None:
         super().__init__(graph=graph, backbone=backbone)
         self._weights = {
-            part.name: [CellWeights.of_graph(cell) for cell in part.cells] for part in graph.parts
+            part.name: [CellWeights.of_graph(cell) for cell in part.cells] for part in graph.fabrics
         }
         self.folded = False
 
@@ -31,5 +34,9 @@ class CompactNetwork(FabricNetwork):
 
 def build_compact(graph: Architecture) -> CompactNetwork:
     """A compact network with random weights, its backbone cut to the levels the graph reads."""
-    backbone = TimmBackbone(graph.backbone.name, levels=len(graph.backbone.channels))
+    backbone: Any
+    if graph.backbone.fabric is not None:
+        backbone = FabricBackbone(graph.backbone, faithful=graph.faithful)
+    else:
+        backbone = TimmBackbone(graph.backbone.name, levels=len(graph.backbone.channels))
     return CompactNetwork(graph=graph, backbone=backbone)

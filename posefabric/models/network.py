@@ -1,15 +1,17 @@
-"""The body that a mixture and a compact network share: backbone, part fabrics, heads, sum."""
+"""What all networks share, and the body of a mixture and a compact one: fabrics, heads, sum."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from posefabric.models.backbones import Normalisation, TimmBackbone
+from posefabric.data.batch import Normalisation
 from posefabric.models.heads import PartHead, score_maps
 from posefabric.space.architecture import Architecture, Head, Part
+from posefabric.space.baseline import Baseline
 from posefabric.space.fabric import CellWeights, Fabric, level_widths, pyramid_scales
 from posefabric.space.parts import SumOfParts
 
@@ -24,7 +26,7 @@ class PartNetwork(nn.Module):
         widths = level_widths(part)
         self.reduce = nn.ModuleDict()
         for scale in pyramid_scales(part, first_layer):
-            self.reduce[str(scale)] = _reduce(channels[scale], widths[scale], faithful)
+            self.reduce[str(scale)] = adapt_width(channels[scale], widths[scale], faithful)
         self.fabric = Fabric(part, first_layer=first_layer, faithful=faithful)
         self.head = PartHead(widths[0], len(part.keypoints), head)
 
@@ -34,24 +36,54 @@ class PartNetwork(nn.Module):
         return self.head(self.fabric(levels, weights, finest=pyramid[0]))
 
 
-def _reduce(width_in: int, width_out: int, faithful: bool) -> nn.Module:
+def adapt_width(width_in: int, width_out: int, faithful: bool) -> nn.Module:
+    """1x1 convolution and batch norm; faithful: without the norm, and only between widths."""
     if faithful and width_in == width_out:
         return nn.Identity()
     norm = nn.Identity() if faithful else nn.BatchNorm2d(width_out)
     return nn.Sequential(nn.Conv2d(width_in, width_out, 1), norm)
 
 
-class FabricNetwork(nn.Module):
-    """A network built from a graph; subclasses say what the graph's choices weigh.
+class PoseNetwork(nn.Module):
+    """What training, evaluation and export know of a network, fabric or baseline.
 
     Images (B, 3, H, W), normalised, in; raw outputs (B, K, H/4, W/4) out, which
-    :meth:`score_maps` turns into scores.
+    :meth:`score_maps` turns into scores. ``graph`` tells what it is, its head and keypoints.
     """
 
-    def __init__(self, *, graph: Architecture, backbone: TimmBackbone) -> None:
+    graph: Architecture | Baseline
+
+    def __init__(self, *, backbone: Any) -> None:
         super().__init__()
-        self.graph = graph
         self.backbone = backbone
+
+    @property
+    def normalisation(self) -> Normalisation:
+        return self.backbone.normalisation
+
+    def architecture(self) -> Architecture | Baseline:
+        """The graph as it stands now, with its weights."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head_forward(self.backbone(images))
+
+    def head_forward(self, pyramid: Sequence[Tensor]) -> Tensor:
+        """Everything after the backbone: pyramid levels to raw outputs (B, K, H/4, W/4)."""
+        raise NotImplementedError
+
+    def score_maps(self, outputs: Tensor) -> Tensor:
+        return score_maps(outputs, self.graph.head)
+
+
+class FabricNetwork(PoseNetwork):
+    """A network built from a graph; subclasses say what the graph's choices weigh."""
+
+    graph: Architecture
+
+    def __init__(self, *, graph: Architecture, backbone: Any) -> None:
+        super().__init__(backbone=backbone)
+        self.graph = graph
         self.parts = nn.ModuleDict(
             {
                 part.name: PartNetwork(
@@ -65,31 +97,32 @@ class FabricNetwork(nn.Module):
             }
         )
         self.join = SumOfParts([part.keypoints for part in graph.parts], len(graph.keypoint_names))
-
-    @property
-    def normalisation(self) -> Normalisation:
-        return self.backbone.normalisation
+        if graph.backbone.fabric is not None:
+            backbone.take_weights_from(self.backbone_weights)
 
     def cell_weights(self, part: Part) -> list[CellWeights]:
-        """The weights of one part's cells, in order of computation."""
+        """The weights of the cells of one of the graph's fabrics, in order of computation."""
         raise NotImplementedError
+
+    def backbone_weights(self) -> list[CellWeights]:
+        """The weights of a fabric backbone's cells."""
+        assert self.graph.backbone.fabric is not None
+        return self.cell_weights(self.graph.backbone.fabric)
+
+    def fabric_places(self) -> dict[str, str]:
+        """The name of each of the graph's fabrics to the name of its module."""
+        places = {part.name: f"parts.{part.name}.fabric" for part in self.graph.parts}
+        own = self.graph.backbone.fabric
+        return places if own is None else {own.name: "backbone.fabric", **places}
 
     def architecture(self) -> Architecture:
-        """The graph as it stands now, with its weights."""
         raise NotImplementedError
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head_forward(self.backbone(images))
-
     def head_forward(self, pyramid: Sequence[Tensor]) -> Tensor:
-        """Everything after the backbone: pyramid levels to raw outputs (B, K, H/4, W/4)."""
         maps = [
             self.parts[part.name](pyramid, self.cell_weights(part)) for part in self.graph.parts
         ]
         return self.join(maps)
-
-    def score_maps(self, outputs: Tensor) -> Tensor:
-        return score_maps(outputs, self.graph.head)
 
     def head_parameters(self) -> list[nn.Parameter]:
         return list(self.parts.parameters())

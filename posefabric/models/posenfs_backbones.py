@@ -178,9 +178,12 @@ class BasicBlock(nn.Module):
 
 
 class HighResolutionModule(nn.Module):
-    """Four blocks at each resolution, then every resolution as a sum over all."""
+    """Four blocks at each resolution, then every resolution as a sum over all.
 
-    def __init__(self, widths: Sequence[int]) -> None:
+    ``outputs``: give only so many of the finest; none: all.
+    """
+
+    def __init__(self, widths: Sequence[int], *, outputs: int | None = None) -> None:
         super().__init__()
         self.branches = nn.ModuleList(
             nn.Sequential(*(BasicBlock(width) for _ in range(4))) for width in widths
@@ -191,14 +194,14 @@ class HighResolutionModule(nn.Module):
                 str(to): nn.ModuleDict(
                     {str(start): _fuse(widths, start, to) for start in places if start != to}
                 )
-                for to in places
+                for to in places[:outputs]
             }
         )
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
         maps = [branch(x) for branch, x in zip(self.branches, maps, strict=True)]
         fused = []
-        for to, own in enumerate(maps):
+        for to, own in enumerate(maps[: len(self.fuse_layers)]):
             layers = self.fuse_layers[str(to)]
             assert isinstance(layers, nn.ModuleDict)
             terms = [own if j == to else layers[str(j)](x) for j, x in enumerate(maps)]
@@ -228,9 +231,8 @@ def _next_resolution(width_in: int, width_out: int) -> nn.Sequential:
 class HRNet(PosenfsBackbone):
     """HRNet-W32 up to stage 3; the fourth level is what transition 3 makes of the third."""
 
-    def __init__(self, *, levels: int) -> None:
+    def __init__(self, *, levels: int, widths: Sequence[int] = HRNET_WIDTHS) -> None:
         super().__init__()
-        widths = HRNET_WIDTHS
         self.conv1 = _conv(3, 64, 3, 2)
         self.bn1 = nn.BatchNorm2d(64)
         self.conv2 = _conv(64, 64, 3, 2)
@@ -252,13 +254,16 @@ class HRNet(PosenfsBackbone):
         self.unused = ("stage4.", "final_layer.", *(() if levels == 4 else ("transition3.",)))
 
     def forward(self, images: Tensor) -> list[Tensor]:
+        return self.pyramid(images)[: len(self.channels)]
+
+    def pyramid(self, images: Tensor) -> list[Tensor]:
+        """The resolutions after transition 3, or three of them where that is left out."""
         x = functional.relu(self.bn1(self.conv1(images)))
         x = functional.relu(self.bn2(self.conv2(x)))
         x = self.layer1(x)
         maps = self.stage2([transition(x) for transition in self.transition1.values()])
         maps = self.stage3([*maps, self.transition2["2"](maps[-1])])
-        maps += [transition(maps[-1]) for transition in self.transition3.values()]
-        return maps[: len(self.channels)]
+        return maps + [transition(maps[-1]) for transition in self.transition3.values()]
 
 
 def build_posenfs_backbone(name: str, names: Collection[str], *, levels: int) -> PosenfsBackbone:

@@ -5,16 +5,17 @@ The oracle of any faster mixture.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from posefabric.models.backbones import TimmBackbone
 from posefabric.models.network import FabricNetwork
 from posefabric.space.architecture import Architecture, Backbone, Cell, Edge, Head, Part
 from posefabric.space.cell import Weight
-from posefabric.space.fabric import CellWeights, FabricShape
+from posefabric.space.fabric import BackboneShape, CellWeights, FabricShape
 from posefabric.structures import PosefabricError
 
 
@@ -45,6 +46,8 @@ class Supernet(FabricNetwork):
     ``alphas[part]`` is (cells or 1, edges, operations): logits of an edge's candidates, shared
     by the part's cells by default. ``betas[part]`` is (cells, 3): logits of same, finer and
     coarser source. Both start at zero. ``temperature`` divides them before the relaxation.
+
+    A fabric backbone, of ``backbone_shape``, has alpha and beta too, under the name "backbone".
     """
 
     def __init__(
@@ -52,13 +55,14 @@ class Supernet(FabricNetwork):
         *,
         shape: FabricShape,
         parts: dict[str, tuple[int, ...]],
-        backbone: TimmBackbone,
+        backbone: Any,
         skeleton: str,
         keypoint_names: tuple[str, ...],
         input_wh: tuple[int, int],
         head: Head,
         relaxation: str = "softmax",
         shared_alpha: bool = True,
+        backbone_shape: BackboneShape | None = None,
     ) -> None:
         if relaxation not in RELAXATIONS:
             raise PosefabricError(
@@ -68,7 +72,11 @@ class Supernet(FabricNetwork):
             skeleton=skeleton,
             keypoint_names=keypoint_names,
             input_wh=input_wh,
-            backbone=Backbone(name=backbone.name, channels=backbone.channels),
+            backbone=Backbone(
+                name=backbone.name,
+                channels=backbone.channels,
+                fabric=None if backbone_shape is None else backbone.graph.fabric,
+            ),
             first_layer=shape.first_layer,
             faithful=shape.faithful,
             head=head,
@@ -77,23 +85,30 @@ class Supernet(FabricNetwork):
         super().__init__(graph=graph, backbone=backbone)
         self.shape = shape
         self.relaxation = relaxation
-        rows = 1 if shared_alpha else len(shape.places)
-        sizes = (rows, len(shape.edges), len(shape.operations))
-        self.alphas = nn.ParameterDict({name: nn.Parameter(torch.zeros(sizes)) for name in parts})
-        self.betas = nn.ParameterDict(
-            {name: nn.Parameter(torch.zeros(len(shape.places), 3)) for name in parts}
-        )
-        absent = torch.zeros(len(shape.places), 3, dtype=torch.bool)
-        for row, (layer, scale) in enumerate(shape.places):
-            slots = [slot for slot, _, _ in shape.sources(layer, scale)]
-            absent[row, [slot for slot in range(3) if slot not in slots]] = True
-        self.register_buffer("absent_sources", absent, persistent=False)
+        self.shapes: dict[str, FabricShape] = {name: shape for name in parts}
+        self.register_buffer("absent_sources", _absent_sources(shape), persistent=False)
+        if backbone_shape is not None:
+            fabric = backbone.graph.fabric.name
+            if fabric in parts:
+                raise PosefabricError(
+                    f"model.backbone={backbone.name}: a part of skeleton {skeleton} is called "
+                    f"{fabric} too; give that part another name"
+                )
+            self.shapes[fabric] = backbone_shape
+            absent = _absent_sources(backbone_shape)
+            self.register_buffer("absent_backbone_sources", absent, persistent=False)
+        self.alphas, self.betas = nn.ParameterDict(), nn.ParameterDict()
+        for name, own in self.shapes.items():
+            rows = 1 if shared_alpha else len(own.places)
+            sizes = (rows, len(own.edges), len(own.operations))
+            self.alphas[name] = nn.Parameter(torch.zeros(sizes))
+            self.betas[name] = nn.Parameter(torch.zeros(len(own.places), 3))
         self.register_buffer("temperature", torch.tensor(1.0))
 
     def arch_parameters(self) -> dict[str, nn.Parameter]:
-        """``"PART.alphas"`` and ``"PART.betas"`` to parameters."""
+        """``"PART.alphas"`` and ``"PART.betas"`` to parameters; PART may be the backbone."""
         found = {}
-        for part in self.graph.parts:
+        for part in self.graph.fabrics:
             found[f"{part.name}.alphas"] = self.alphas[part.name]
             found[f"{part.name}.betas"] = self.betas[part.name]
         return found
@@ -103,12 +118,19 @@ class Supernet(FabricNetwork):
         relax = RELAXATIONS[self.relaxation]
         alpha = relax(self.alphas[part] / self.temperature)
         beta = self.betas[part] / self.temperature
-        return alpha, relax(beta.masked_fill(self.get_buffer("absent_sources"), ABSENT))
+        return alpha, relax(beta.masked_fill(self._absent(part), ABSENT))
+
+    def _absent(self, part: str) -> Tensor:
+        """(cells, 3): the sources that cells of a fabric do not have."""
+        own = self.graph.backbone.fabric
+        of_backbone = own is not None and part == own.name
+        return self.get_buffer("absent_backbone_sources" if of_backbone else "absent_sources")
 
     def cell_weights(self, part: Part) -> list[CellWeights]:
         alpha, beta = self.probabilities(part.name)
+        operations = len(self.shapes[part.name].operations)
         if self.shape.faithful:
-            alpha, beta = alpha * len(self.shape.operations), beta * 3
+            alpha, beta = alpha * operations, beta * 3
         # What weighs exactly nothing changes neither outputs nor gradients; training leaves it
         # out. Evaluation computes all of it: a mixture costs what its candidates cost.
         no_alpha = (
@@ -122,7 +144,7 @@ class Supernet(FabricNetwork):
             choices = [
                 [
                     _weight(alpha[alpha_row, edge, i], no_alpha[alpha_row][edge][i])
-                    for i in range(len(self.shape.operations))
+                    for i in range(operations)
                 ]
                 for edge in range(len(cell.edges))
             ]
@@ -132,32 +154,40 @@ class Supernet(FabricNetwork):
     def architecture(self) -> Architecture:
         """The whole graph with everything kept and the present relaxed weights."""
         with torch.no_grad():
-            parts = [_weighted(part, self.cell_weights(part)) for part in self.graph.parts]
-        return self.graph.model_copy(update={"parts": tuple(parts)})
+            fabrics = {p.name: _weighted(p, self.cell_weights(p)) for p in self.graph.fabrics}
+        return self.graph.with_fabrics(fabrics)
 
     def entropies(self) -> dict[str, float]:
-        """Mean entropy of alpha and of beta over parts, 1 = uniform, 0 = decided."""
+        """Mean entropy of alpha and of beta over the fabrics, 1 = uniform, 0 = decided."""
+        alphas, betas = [], []
         with torch.no_grad():
-            pairs = [self.probabilities(part.name) for part in self.graph.parts]
-            present = ~self.get_buffer("absent_sources")
-            options = present.sum(-1).to(torch.float32)
-            alpha = torch.stack([_entropy(a).mean() for a, _ in pairs]).mean()
-            alpha = alpha / max(1e-9, float(torch.log(torch.tensor(float(pairs[0][0].shape[-1])))))
-            decided = options > 1
-            scale = options[decided].log()
-            beta = torch.stack([(_entropy(b)[decided] / scale).mean() for _, b in pairs]).mean()
-        return {"alpha_entropy": float(alpha), "beta_entropy": float(beta)}
+            for part in self.graph.fabrics:
+                alpha, beta = self.probabilities(part.name)
+                most = max(1e-9, math.log(alpha.shape[-1]))
+                alphas.append(_entropy(alpha).mean() / most)
+                options = (~self._absent(part.name)).sum(-1).to(torch.float32)
+                decided = options > 1
+                betas.append((_entropy(beta)[decided] / options[decided].log()).mean())
+            means = torch.stack(alphas).mean(), torch.stack(betas).mean()
+        return {"alpha_entropy": float(means[0]), "beta_entropy": float(means[1])}
 
     def indecision(self) -> tuple[Tensor, Tensor]:
         """Gini impurity 1 - sum p^2 of alpha, summed over edges, and of beta, over cells.
 
-        Both are means over parts; zero exactly when every edge has one operation, every cell
+        Both are means over the fabrics; zero exactly when every edge has one operation, every cell
         one source.
         """
-        pairs = [self.probabilities(part.name) for part in self.graph.parts]
+        pairs = [self.probabilities(part.name) for part in self.graph.fabrics]
         alpha = torch.stack([(1 - a.square().sum(-1)).sum() for a, _ in pairs]).mean()
         beta = torch.stack([(1 - b.square().sum(-1)).sum() for _, b in pairs]).mean()
         return alpha, beta
+
+
+def _absent_sources(shape: FabricShape) -> Tensor:
+    absent = torch.ones(len(shape.places), 3, dtype=torch.bool)
+    for row, (layer, scale) in enumerate(shape.places):
+        absent[row, [slot for slot, _, _ in shape.sources(layer, scale)]] = False
+    return absent
 
 
 def _weight(value: Tensor, left_out: bool) -> Weight:

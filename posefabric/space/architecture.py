@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from posefabric.structures import PosefabricError
 
 FORMAT_VERSION = 1
+# Channels of the two convolutions before a fabric backbone.
+STEM_WIDTH = 64
+
+GraphType = TypeVar("GraphType", bound="Graph")
 
 SourceKind = Literal["same", "finer", "coarser"]
 
@@ -87,30 +92,30 @@ class Head(_Frozen):
 
 
 class Backbone(_Frozen):
-    """A feature pyramid: the channels at strides 4, 8, 16, 32, as far as any part uses them."""
+    """A feature pyramid: the channels at strides 4, 8, 16, 32, as far as any part uses them.
+
+    ``fabric``: the cells of a fabric backbone, which is searched like a part but predicts no
+    keypoints; its last layer is the pyramid.
+    """
 
     name: str
     channels: tuple[int, ...]
+    fabric: Part | None = None
 
 
-class Architecture(_Frozen):
-    """The whole network as an explicit graph."""
+class Graph(_Frozen):
+    """A network's description on disk; the subclasses say of what."""
 
     format_version: int = FORMAT_VERSION
-    skeleton: str
-    keypoint_names: tuple[str, ...]
-    input_wh: tuple[int, int]
-    backbone: Backbone
-    first_layer: int
-    faithful: bool = False
-    head: Head = Field(default_factory=Head)
-    parts: tuple[Part, ...]
 
     def to_json(self) -> str:
-        return json.dumps(self.model_dump(mode="json"), indent=1) + "\n"
+        tree = self.model_dump(mode="json")
+        if tree["backbone"]["fabric"] is None:
+            del tree["backbone"]["fabric"]
+        return json.dumps(tree, indent=1) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, *, origin: str = "architecture") -> Architecture:
+    def from_json(cls: type[GraphType], text: str, *, origin: str = "architecture") -> GraphType:
         """Read a graph back; PosefabricError names ``origin`` and the first wrong field."""
         try:
             tree = json.loads(text)
@@ -133,19 +138,39 @@ class Architecture(_Frozen):
             ) from error
 
     @classmethod
-    def load(cls, path: Path | str) -> Architecture:
-        path = Path(path)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise PosefabricError(f"{path}: cannot be read ({error.strerror})") from error
-        except UnicodeDecodeError as error:
-            raise PosefabricError(f"{path}: not an architecture: no UTF-8 text") from error
-        return cls.from_json(text, origin=str(path))
+    def load(cls: type[GraphType], path: Path | str) -> GraphType:
+        return cls.from_json(read_graph_text(Path(path)), origin=str(path))
 
     def digest(self) -> str:
         """Sixteen hexadecimal digits that name this graph, weights included."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+
+class Architecture(Graph):
+    """The whole network as an explicit graph."""
+
+    skeleton: str
+    keypoint_names: tuple[str, ...]
+    input_wh: tuple[int, int]
+    backbone: Backbone
+    first_layer: int
+    faithful: bool = False
+    head: Head = Field(default_factory=Head)
+    parts: tuple[Part, ...]
+
+    @property
+    def fabrics(self) -> tuple[Part, ...]:
+        """Everything that has cells: a fabric backbone, if it is one, then the parts."""
+        own = self.backbone.fabric
+        return self.parts if own is None else (own, *self.parts)
+
+    def with_fabrics(self, fabrics: Mapping[str, Part]) -> Architecture:
+        """A copy whose fabrics are those of that name."""
+        backbone, own = self.backbone, self.backbone.fabric
+        if own is not None:
+            backbone = backbone.model_copy(update={"fabric": fabrics[own.name]})
+        parts = tuple(fabrics[part.name] for part in self.parts)
+        return self.model_copy(update={"backbone": backbone, "parts": parts})
 
     def diff(self, other: Architecture) -> list[str]:
         """What another graph has lost (-), won (+) or changed (~), one line each."""
@@ -160,6 +185,15 @@ class Architecture(_Frozen):
         return lines
 
 
+def read_graph_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise PosefabricError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise PosefabricError(f"{path}: not an architecture: no UTF-8 text") from error
+
+
 def _flatten(architecture: Architecture) -> dict[str, str]:
     backbone, head = architecture.backbone, architecture.head
     flat = {
@@ -170,7 +204,7 @@ def _flatten(architecture: Architecture) -> dict[str, str]:
         "faithful": str(architecture.faithful),
         "head": f"{head.kind}, dim {head.dim}, {head.scores}, peak {head.peak:.4f}",
     }
-    for part in architecture.parts:
+    for part in architecture.fabrics:
         flat[f"{part.name}: keypoints"] = str(part.keypoints)
         for cell in part.cells:
             place = f"{part.name} layer {cell.layer} scale {cell.scale}"

@@ -110,6 +110,27 @@ class FabricShape:
         return Part(name=name, keypoints=keypoints, cells=tuple(cells))
 
 
+@dataclass(frozen=True)
+class BackboneShape(FabricShape):
+    """The size of a fabric that is the backbone (PAPER section 1): it keeps the first layers.
+
+    Layer j has min(j + 2, 4) cells as long as they can still reach one of the ``levels`` that
+    are read; the layer before the first is the stem's one map at 1/4 of the input.
+    """
+
+    levels: int = MAX_SCALES
+
+    def __post_init__(self) -> None:
+        if self.first_layer != 0 or self.depth < MAX_SCALES - 1:
+            raise PosefabricError(
+                f"a fabric backbone of {self.depth} layers from layer {self.first_layer}: expected "
+                f"{MAX_SCALES - 1} layers or more, from layer 0"
+            )
+
+    def cells_in(self, layer: int) -> int:
+        return min(layer + 2, MAX_SCALES, self.levels + self.depth - 1 - layer)
+
+
 @dataclass
 class CellWeights:
     """What one cell multiplies by, in the order of its graph's sources, edges and choices."""
@@ -141,15 +162,19 @@ class Fabric(nn.Module):
         self, levels: dict[int, Tensor], weights: Sequence[CellWeights], *, finest: Tensor
     ) -> Tensor:
         """``levels`` maps a scale to (B, 4 C 2**s, H/4/2**s, W/4/2**s); out (B, 4 C, H/4, W/4)."""
+        return self.last_layer(levels, weights, finest=finest)[0]
+
+    def last_layer(
+        self, levels: dict[int, Tensor], weights: Sequence[CellWeights], *, finest: Tensor
+    ) -> dict[int, Tensor]:
+        """The outputs of the last layer's cells, by scale."""
         layers: dict[int, dict[int, Tensor]] = {self.first_layer - 1: levels}
-        result: Tensor | None = None
         for cell, own in zip(self.graph.cells, weights, strict=True):
             inputs = layers.get(cell.layer - 1, {})
             module = self.cells[cell_name(cell)]
             output: Tensor = module(inputs, own.sources, own.choices, finest=finest)
-            layers.setdefault(cell.layer, {})[cell.scale] = result = output
-        assert result is not None, "a part has at least one cell"
-        return result
+            layers.setdefault(cell.layer, {})[cell.scale] = output
+        return layers[self.graph.cells[-1].layer]
 
 
 def cell_name(cell: CellGraph) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from posefabric.config import OptimConfig
 from posefabric.data.pipeline import TrainingData
-from posefabric.models.network import FabricNetwork, first_non_finite
+from posefabric.models.network import PoseNetwork, first_non_finite
 from posefabric.run import RunFolder
 from posefabric.structures import CropBatch, DataError, PoseBatch, PosefabricError
 from posefabric.train.checkpoint import (
@@ -53,7 +53,7 @@ class Trainer:
         phase: the label of this phase's records in metrics.jsonl.
     """
 
-    network: FabricNetwork
+    network: PoseNetwork
     data: TrainingData
     run: RunFolder
     optim: OptimConfig
@@ -62,7 +62,7 @@ class Trainer:
     seed: int
     device: torch.device
     held_out: TrainingData | None = None
-    validate: Callable[[FabricNetwork], dict[str, float]] | None = None
+    validate: Callable[[PoseNetwork], dict[str, float]] | None = None
     step: int = 0
     seconds: float = 0.0
     cpu_seconds: float = 0.0

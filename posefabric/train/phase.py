@@ -13,7 +13,7 @@ from posefabric.data.crop import CropGeometry
 from posefabric.data.pipeline import TrainingData, make_codec, open_dataset
 from posefabric.evaluate.runner import evaluate_network
 from posefabric.models.build import choose_device
-from posefabric.models.network import FabricNetwork
+from posefabric.models.network import PoseNetwork
 from posefabric.run import RunFolder
 from posefabric.structures import PersonDataset, PosefabricError
 from posefabric.train.checkpoint import save_weights
@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 
 def train_phase(
-    network: FabricNetwork,
+    network: PoseNetwork,
     *,
     run: RunFolder,
     optim: OptimConfig,
@@ -100,7 +100,7 @@ def train_phase(
     return result
 
 
-def _check_loss(network: FabricNetwork, optim: OptimConfig, phase: str) -> None:
+def _check_loss(network: PoseNetwork, optim: OptimConfig, phase: str) -> None:
     """A network's raw outputs are logits or score maps, as its first training decided."""
     expected = "cross_entropy" if network.graph.head.scores == "softmax" else "mse"
     if optim.loss != expected:
@@ -112,7 +112,7 @@ def _check_loss(network: FabricNetwork, optim: OptimConfig, phase: str) -> None:
 
 
 def evaluate(
-    network: FabricNetwork,
+    network: PoseNetwork,
     config: Config,
     dataset: PersonDataset,
     *,
