@@ -46,6 +46,9 @@ class DataConfig(_Section):
     )
     input_wh: tuple[int, int] = (128, 128)
     preset: Literal["hrnet", "udp", "posenfs"] = "hrnet"
+    channel_order: Literal["rgb", "bgr"] = Field(
+        default="rgb", description="of what the network sees; bgr only for released checkpoints"
+    )
     sigma: float | None = Field(
         default=None, gt=0, description="heatmap pixels; none: by input height"
     )
@@ -87,7 +90,9 @@ class ModelConfig(_Section):
     weights: str = Field(
         default="embedded", description="embedded, hub, none, or a local weights file"
     )
-    parts: int | Literal["random"] = Field(default=3, description="a grouping of the skeleton file")
+    parts: int | Literal["random"] | dict[str, tuple[str, ...]] = Field(
+        default=3, description="a grouping of the skeleton file, random, or part to keypoint names"
+    )
     channel_factor: int = Field(default=8, ge=1, description="C: a node has 4 C 2**scale channels")
     depth: int = Field(default=6, ge=1)
     first_layer: int = Field(default=3, ge=0)
@@ -98,7 +103,7 @@ class ModelConfig(_Section):
     frozen_stem: bool = Field(
         default=False, description="freeze the backbone up to stride 4: a third less time a step"
     )
-    head: Literal["heatmap", "vector"] = "heatmap"
+    head: Literal["heatmap", "vector", "vector3d"] = "heatmap"
     vector_dim: int = Field(default=8, ge=1)
 
 

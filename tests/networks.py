@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from posefabric.models.backbones import TimmBackbone
+from posefabric.models.backbones import make_backbone
 from posefabric.models.compact import CompactNetwork
 from posefabric.models.supernet import Supernet
 from posefabric.space.architecture import Architecture, Head
@@ -63,7 +63,7 @@ def make_supernet(
     network = Supernet(
         shape=shape,
         parts=parts or {"upper": (0, 2), "lower": (1, 2, 3)},
-        backbone=TimmBackbone(backbone, levels=shape.pyramid_levels),
+        backbone=make_backbone(backbone, levels=shape.pyramid_levels),
         skeleton="four",
         keypoint_names=("a", "b", "c", "d"),
         input_wh=(64, 64),
@@ -77,4 +77,4 @@ def make_supernet(
 
 def make_compact(graph: Architecture) -> CompactNetwork:
     levels = len(graph.backbone.channels)
-    return CompactNetwork(graph=graph, backbone=TimmBackbone(graph.backbone.name, levels=levels))
+    return CompactNetwork(graph=graph, backbone=make_backbone(graph.backbone.name, levels=levels))

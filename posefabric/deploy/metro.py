@@ -132,7 +132,7 @@ def describe_architecture(architecture: Architecture) -> str:
         f"skeleton {architecture.skeleton}, {len(architecture.keypoint_names)} keypoints, "
         f"input {width}x{height}",
         f"backbone {backbone.name}: channels {channels}",
-        f"head {head.kind}" + (f" of {head.dim}" if head.kind == "vector" else ""),
+        f"head {head.kind}" + ("" if head.kind == "heatmap" else f" of {head.dim}"),
     ]
     for part in architecture.parts:
         names = ", ".join(architecture.keypoint_names[k] for k in part.keypoints)

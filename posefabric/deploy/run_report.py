@@ -162,6 +162,11 @@ def _lineage(run: RunFolder) -> dict[str, RunFolder]:
     return {step.kind: step for step in reversed(chain)}
 
 
+def _parts(config: Config) -> str:
+    parts = config.model.parts
+    return ", ".join(parts) if isinstance(parts, dict) else str(parts)
+
+
 def _command(run: RunFolder) -> str:
     recorded = run.read_json("run.json").get("command", "")
     return recorded.split("posefabric ", 1)[-1]
@@ -175,7 +180,7 @@ def _facts(top: RunFolder, newest: RunFolder) -> dict[str, Any]:
         "data": config.data.root or config.data.format,
         "input": " x ".join(map(str, config.data.input_wh)) + f", preset {config.data.preset}",
         "backbone": f"{config.model.backbone}, weights {config.model.weights}",
-        "parts": config.model.parts,
+        "parts": _parts(config),
         "fabric": f"L={config.model.depth} from layer {config.model.first_layer}, "
         f"C={config.model.channel_factor}, H={config.model.hidden_nodes}, "
         f"{', '.join(config.model.operations)}",

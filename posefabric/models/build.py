@@ -6,7 +6,7 @@ import torch
 
 from posefabric.config import Config
 from posefabric.data.pipeline import make_codec
-from posefabric.models.backbones import TimmBackbone, build_backbone
+from posefabric.models.backbones import build_backbone
 from posefabric.models.compact import CompactNetwork, build_compact
 from posefabric.models.supernet import Supernet
 from posefabric.models.weights import load_weights
@@ -61,7 +61,7 @@ def build_supernet(config: Config, *, pretrained: bool = True) -> Supernet:
     skeleton = load_skeleton(config.data.skeleton)
     torch.manual_seed(config.seed)
     shape = make_shape(config)
-    backbone: TimmBackbone = build_backbone(
+    backbone = build_backbone(
         config.model.backbone,
         weights=config.model.weights if pretrained else "none",
         levels=shape.pyramid_levels,
@@ -76,6 +76,7 @@ def build_supernet(config: Config, *, pretrained: bool = True) -> Supernet:
         head=make_head(config),
         relaxation=config.search.relaxation,
         shared_alpha=config.model.shared_alpha,
+        channel_order=config.data.channel_order,
     )
     if config.model.frozen_stem:
         backbone.freeze_to_stride_4()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from posefabric.models.backbones import TimmBackbone
+from posefabric.models.backbones import make_backbone
 from posefabric.models.network import FabricNetwork
+from posefabric.models.pyramid import PyramidBackbone
 from posefabric.space.architecture import Architecture, Part
 from posefabric.space.fabric import CellWeights
 
@@ -11,7 +12,7 @@ from posefabric.space.fabric import CellWeights
 class CompactNetwork(FabricNetwork):
     """The graph's weights are constants; after folding they are all 1 and disappear."""
 
-    def __init__(self, *, graph: Architecture, backbone: TimmBackbone) -> None:
+    def __init__(self, *, graph: Architecture, backbone: PyramidBackbone) -> None:
         super().__init__(graph=graph, backbone=backbone)
         self._weights = {
             part.name: [CellWeights.of_graph(cell) for cell in part.cells] for part in graph.parts
@@ -31,5 +32,5 @@ class CompactNetwork(FabricNetwork):
 
 def build_compact(graph: Architecture) -> CompactNetwork:
     """A compact network with random weights, its backbone cut to the levels the graph reads."""
-    backbone = TimmBackbone(graph.backbone.name, levels=len(graph.backbone.channels))
+    backbone = make_backbone(graph.backbone.name, levels=len(graph.backbone.channels))
     return CompactNetwork(graph=graph, backbone=backbone)

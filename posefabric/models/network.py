@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from posefabric.models.backbones import Normalisation, TimmBackbone
-from posefabric.models.heads import PartHead, score_maps
+from posefabric.data.batch import Normalisation
+from posefabric.models.heads import build_head, score_maps
+from posefabric.models.pyramid import PyramidBackbone
 from posefabric.space.architecture import Architecture, Head, Part
 from posefabric.space.fabric import CellWeights, Fabric, level_widths, pyramid_scales
 from posefabric.space.parts import SumOfParts
@@ -22,11 +24,17 @@ class PartNetwork(nn.Module):
     ) -> None:
         super().__init__()
         widths = level_widths(part)
+        # The released code looks at the finest level alone; what a level reads is not cut with
+        # the pyramid's deeper levels.
+        same = faithful and channels[0] == widths[0]
         self.reduce = nn.ModuleDict()
         for scale in pyramid_scales(part, first_layer):
-            self.reduce[str(scale)] = _reduce(channels[scale], widths[scale], faithful)
+            if same and channels[scale] == widths[scale]:
+                self.reduce[str(scale)] = nn.Identity()
+            else:
+                self.reduce[str(scale)] = _reduce(channels[scale], widths[scale], faithful)
         self.fabric = Fabric(part, first_layer=first_layer, faithful=faithful)
-        self.head = PartHead(widths[0], len(part.keypoints), head)
+        self.head = build_head(widths[0], len(part.keypoints), head)
 
     def forward(self, pyramid: Sequence[Tensor], weights: Sequence[CellWeights]) -> Tensor:
         """Pyramid levels, finest first, to the part's raw outputs (B, K_p, H/4, W/4)."""
@@ -35,8 +43,6 @@ class PartNetwork(nn.Module):
 
 
 def _reduce(width_in: int, width_out: int, faithful: bool) -> nn.Module:
-    if faithful and width_in == width_out:
-        return nn.Identity()
     norm = nn.Identity() if faithful else nn.BatchNorm2d(width_out)
     return nn.Sequential(nn.Conv2d(width_in, width_out, 1), norm)
 
@@ -48,7 +54,7 @@ class FabricNetwork(nn.Module):
     :meth:`score_maps` turns into scores.
     """
 
-    def __init__(self, *, graph: Architecture, backbone: TimmBackbone) -> None:
+    def __init__(self, *, graph: Architecture, backbone: PyramidBackbone) -> None:
         super().__init__()
         self.graph = graph
         self.backbone = backbone
@@ -68,7 +74,8 @@ class FabricNetwork(nn.Module):
 
     @property
     def normalisation(self) -> Normalisation:
-        return self.backbone.normalisation
+        own = self.backbone.normalisation
+        return dataclasses.replace(own, channel_order=self.graph.channel_order)
 
     def cell_weights(self, part: Part) -> list[CellWeights]:
         """The weights of one part's cells, in order of computation."""

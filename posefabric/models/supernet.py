@@ -6,12 +6,13 @@ The oracle of any faster mixture.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from posefabric.models.backbones import TimmBackbone
 from posefabric.models.network import FabricNetwork
+from posefabric.models.pyramid import PyramidBackbone
 from posefabric.space.architecture import Architecture, Backbone, Cell, Edge, Head, Part
 from posefabric.space.cell import Weight
 from posefabric.space.fabric import CellWeights, FabricShape
@@ -52,13 +53,14 @@ class Supernet(FabricNetwork):
         *,
         shape: FabricShape,
         parts: dict[str, tuple[int, ...]],
-        backbone: TimmBackbone,
+        backbone: PyramidBackbone,
         skeleton: str,
         keypoint_names: tuple[str, ...],
         input_wh: tuple[int, int],
         head: Head,
         relaxation: str = "softmax",
         shared_alpha: bool = True,
+        channel_order: Literal["rgb", "bgr"] = "rgb",
     ) -> None:
         if relaxation not in RELAXATIONS:
             raise PosefabricError(
@@ -68,6 +70,7 @@ class Supernet(FabricNetwork):
             skeleton=skeleton,
             keypoint_names=keypoint_names,
             input_wh=input_wh,
+            channel_order=channel_order,
             backbone=Backbone(name=backbone.name, channels=backbone.channels),
             first_layer=shape.first_layer,
             faithful=shape.faithful,

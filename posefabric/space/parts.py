@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -13,13 +13,20 @@ from posefabric.structures import PosefabricError
 
 
 def choose_parts(
-    skeleton: Skeleton, parts: int | str, *, seed: int = 0, count: int = 3
+    skeleton: Skeleton,
+    parts: int | str | Mapping[str, Sequence[str]],
+    *,
+    seed: int = 0,
+    count: int = 3,
 ) -> dict[str, tuple[int, ...]]:
     """Part name to keypoint indices: a grouping of the skeleton's file (PAPER section 2).
 
-    ``"random"`` deals the keypoints into ``count`` parts by ``seed``, a control.
+    ``"random"`` deals the keypoints into ``count`` parts by ``seed``, a control. A mapping is
+    the grouping itself, each part's keypoints by name; their order is that of the part's maps.
     Raises PosefabricError for a grouping the skeleton does not have.
     """
+    if isinstance(parts, Mapping):
+        return {name: _own_part(skeleton, name, names) for name, names in parts.items()}
     if parts == "random":
         order = np.random.default_rng(seed).permutation(skeleton.num_keypoints)
         groups = np.array_split(order, count)
@@ -33,6 +40,18 @@ def choose_parts(
             f"choose one or add it to the skeleton's file"
         )
     return {name: tuple(keypoints) for name, keypoints in skeleton.groupings[int(parts)].items()}
+
+
+def _own_part(skeleton: Skeleton, name: str, keypoints: Sequence[str]) -> tuple[int, ...]:
+    unknown = [k for k in keypoints if k not in skeleton.keypoints]
+    if unknown or not keypoints or len(set(keypoints)) != len(keypoints):
+        raise PosefabricError(
+            f"model.parts: part {name} has {', '.join(keypoints) or 'no keypoints'}; expected "
+            f"different ones of {skeleton.name}: {', '.join(skeleton.keypoints)}"
+        )
+    if not name or "." in name or hasattr(torch.nn.ModuleDict, name):
+        raise PosefabricError(f"model.parts: no part can be called {name!r}; choose another name")
+    return tuple(skeleton.keypoints.index(k) for k in keypoints)
 
 
 class SumOfParts(torch.nn.Module):
