@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,17 @@ def shipped_network(run: RunFolder) -> FabricNetwork:
     return fold(network) if isinstance(network, CompactNetwork) else network
 
 
-def stages(run: RunFolder) -> dict[str, RunFolder]:
-    """``mixture`` and, where there is one, ``compact``: the runs a report sets side by side."""
+def stages(run: RunFolder, overrides: Sequence[str] = ()) -> dict[str, RunFolder]:
+    """``mixture`` and, where there is one, ``compact``: the runs a report sets side by side.
+
+    ``overrides``: options such as ``data.root=DIR`` to read them with.
+    """
     mixture = run.resolve("mixture")
     newest = run.resolve("auto")
     found = {"mixture": mixture}
     if newest.kind != "search":
         found["compact"] = newest
-    return found
+    return {name: found_run.overridden(overrides) for name, found_run in found.items()}
 
 
 def measure(runs: dict[str, RunFolder], *, repeats: int = 40) -> dict[str, dict[str, Any]]:
@@ -125,9 +129,13 @@ def predict(network: FabricNetwork, config: Config, dataset: PersonDataset) -> P
     )
 
 
-def build_report(run: RunFolder, measured: dict[str, dict[str, Any]] | None = None) -> Path:
+def build_report(
+    run: RunFolder,
+    measured: dict[str, dict[str, Any]] | None = None,
+    overrides: Sequence[str] = (),
+) -> Path:
     """Write report.html into the run: what was searched, drawn, measured, and the pictures."""
-    runs = stages(run)
+    runs = stages(run, overrides)
     measured = measure(runs) if measured is None else measured
     newest = list(runs.values())[-1]
     top = next(iter(runs.values()))

@@ -89,6 +89,7 @@ class ResNet(PosenfsBackbone):
 
     def __init__(self, *, levels: int, blocks: Sequence[int] = RESNET_50_BLOCKS) -> None:
         super().__init__()
+        self.blocks = tuple(blocks)
         self.conv1 = _conv(3, 64, 7, 2)
         self.bn1 = nn.BatchNorm2d(64)
         width = 64

@@ -15,7 +15,15 @@ from torch import Tensor
 from posefabric.structures import PosefabricError
 
 # Keys under which trainers keep a state dict, what is best to use first.
-WRAPPERS = ("state_dict", "model_state_dict", "model", "best_state_dict", "network", "net", "weights")
+WRAPPERS = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "best_state_dict",
+    "network",
+    "net",
+    "weights",
+)
 
 
 def read_state(path: Path, *, option: str = "model.weights") -> dict[str, Tensor]:
