@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
+from posefabric import cli
 from posefabric.models.backbones import make_backbone
 from posefabric.models.compact import CompactNetwork
 from posefabric.models.supernet import Supernet
@@ -78,3 +80,12 @@ def make_supernet(
 def make_compact(graph: Architecture) -> CompactNetwork:
     levels = len(graph.backbone.channels)
     return CompactNetwork(graph=graph, backbone=make_backbone(graph.backbone.name, levels=levels))
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """Run the console script in this process; its exit code."""
+    monkeypatch.setattr("sys.argv", ["posefabric", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+        raise SystemExit(0)
+    return int(stop.value.code or 0)
