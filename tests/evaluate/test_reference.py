@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,7 +34,8 @@ def folder(tmp_path: Path) -> Path:
     spec |= {"input": sizes[0], "output": sizes[1], "loss_train": values.pop("loss").item()}
     spec["state"] = {name: list(value.shape) for name, value in state.items()}
     (tmp_path / "small.json").write_text(json.dumps(spec))
-    np.savez(tmp_path / "small.npz", **{name: value.numpy() for name, value in values.items()})
+    arrays: dict[str, Any] = {name: value.numpy() for name, value in values.items()}
+    np.savez(tmp_path / "small.npz", **arrays)
     return tmp_path
 
 

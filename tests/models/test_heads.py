@@ -53,10 +53,8 @@ def test_a_volume_of_vectors_is_a_3d_convolution(scores: str) -> None:
         expected = conv3d(volume).square().sum(2)
         expected = expected if scores == "softmax" else expected / (1 + expected)
         torch.testing.assert_close(head(X), expected)
-        torch.testing.assert_close(
-            head.to(memory_format=torch.channels_last)(X),
-            expected,  # type: ignore[call-overload]
-        )
+        lasting = head.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        torch.testing.assert_close(lasting(X), expected)
 
 
 def test_outputs_leave_half_precision() -> None:
