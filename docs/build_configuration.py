@@ -22,6 +22,7 @@ from posefabric.config import (
     SearchConfig,
     shipped_configs,
 )
+from posefabric.models.backbones import OWN_BACKBONES
 from posefabric.space.operations import OPERATIONS
 
 PATH = Path(__file__).resolve().with_name("configuration.md")
@@ -92,7 +93,8 @@ MEANINGS = {
     "augment.flip": "how often a person is mirrored",
     "augment.half_body": "how often only the upper or lower half is shown, of persons with 8 or "
     "more keypoints",
-    "model.backbone": "a timm model with levels at strides 4, 8, 16 and 32",
+    "model.backbone": "a timm model with levels at strides 4, 8, 16 and 32, or one of the paper's "
+    f"({', '.join(f'`{name}`' for name in OWN_BACKBONES)})",
     "model.depth": "L: layers of a whole fabric",
     "model.first_layer": "layers before it are left out and replaced by the backbone's pyramid; "
     "from 1 to depth - 1",
@@ -101,8 +103,9 @@ MEANINGS = {
     "model.shared_alpha": "one alpha a part, or one for each of its cells",
     "model.faithful": "the scaling, border copies and missing norms of the paper's released code "
     "([method.md](method.md#what-faithful-changes))",
-    "model.head": "one map a keypoint, or a vector at each pixel whose length is the score",
-    "model.vector_dim": "d: values of the vector head",
+    "model.head": "one map a keypoint, or a vector at each pixel whose length is the score, made "
+    "by a 2-D or a 3-D convolution",
+    "model.vector_dim": "d: values of the vector heads",
     "batch_size": "persons a step; less where there are fewer persons",
     "learning_rate": "at the top of the schedule",
     "weight_decay": "decoupled (AdamW), on weights with two or more axes",
@@ -201,6 +204,8 @@ def _type(annotation: Any) -> str:
         kind = _type(arguments[0])
         count = "" if arguments[-1] is Ellipsis else f"{len(arguments)} "
         return f"list of {count}{kind}s"
+    if origin is dict:
+        return f"mapping from {_type(arguments[0])} to {_type(arguments[1])}"
     return {str: "text", int: "whole number", float: "number", bool: "true, false"}[annotation]
 
 

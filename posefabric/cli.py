@@ -14,6 +14,7 @@ from posefabric import __version__
 from posefabric.cli_data import data_app
 from posefabric.cli_output import counter, print_table, say
 from posefabric.cli_output import show as show_table
+from posefabric.cli_posenfs import import_posenfs, reference
 from posefabric.structures import PosefabricError
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ app = App(
     default_parameter=Parameter(negative=()),
 )
 app.command(data_app)
+app.command(import_posenfs)
+app.command(reference)
 
 Overrides = Annotated[
     tuple[str, ...], Parameter(help="options as section.option=value, e.g. data.root=DIR")
@@ -224,7 +227,7 @@ def predict(
 def export(
     run: RunPath,
     /,
-    *,
+    *overrides: str,
     out: Path | None = None,
     which: Which = "auto",
     no_decode: Annotated[bool, Parameter(help="leave decoding to the predictor")] = False,
@@ -234,7 +237,7 @@ def export(
     from posefabric.run import RunFolder
 
     opened = RunFolder.open(run)
-    chosen = opened.resolve(which)
+    chosen = opened.resolve(which).overridden(overrides)
     say(f"exporting {chosen.describe()}")
     path, check = export_run(chosen, out or opened.onnx_path, decode=not no_decode)
     for key, value in check.items():
@@ -243,7 +246,7 @@ def export(
 
 
 @app.command
-def show(run: str, /, *, which: Which = "auto", no_report: bool = False) -> None:
+def show(run: str, /, *overrides: str, which: Which = "auto", no_report: bool = False) -> None:
     """Show a run: its architecture, its costs, and report.html. `show configs` lists configs.
 
     Parameters
@@ -274,9 +277,9 @@ def show(run: str, /, *, which: Which = "auto", no_report: bool = False) -> None
         path = opened.write_bytes("architecture.png", architecture_image(graph, format="png"))
         say(f"drawn: {path}")
     if not no_report:
-        measured = measure(stages(opened))
+        measured = measure(stages(opened, overrides))
         show_table(summary_table(measured))
-        say(f"report: {build_report(opened, measured)}")
+        say(f"report: {build_report(opened, measured, overrides)}")
 
 
 @app.command

@@ -47,6 +47,9 @@ class DataConfig(_Section):
     )
     input_wh: tuple[int, int] = (128, 128)
     preset: Literal["hrnet", "udp", "posenfs"] = "hrnet"
+    channel_order: Literal["rgb", "bgr"] = Field(
+        default="rgb", description="of what the network sees; bgr only for released checkpoints"
+    )
     sigma: float | None = Field(
         default=None, gt=0, description="heatmap pixels; none: by input height"
     )
@@ -94,10 +97,10 @@ class ModelConfig(_Section):
     weights: str = Field(
         default="embedded", description="embedded, hub, none, or a local weights file"
     )
-    parts: int | str = Field(
+    parts: int | str | dict[str, tuple[str, ...]] = Field(
         default=3,
         description="P, a grouping of the skeleton file; `random:P`, a random partition by `seed` "
-        "(`random`: 3 parts)",
+        "(`random`: 3 parts); or part to keypoint names",
     )
     channel_factor: int = Field(default=8, ge=1, description="C: a node has 4 C 2**scale channels")
     depth: int = Field(default=6, ge=1)
@@ -109,7 +112,7 @@ class ModelConfig(_Section):
     frozen_stem: bool = Field(
         default=False, description="freeze the backbone up to stride 4: a third less time a step"
     )
-    head: Literal["heatmap", "vector"] = "heatmap"
+    head: Literal["heatmap", "vector", "vector3d"] = "heatmap"
     vector_dim: int = Field(default=8, ge=1)
     branch_width: int = Field(default=400, ge=4, description="channels of a Branchnet branch")
     branch_blocks: int = Field(default=8, ge=0, description="residual blocks of a branch")
@@ -119,7 +122,7 @@ class ModelConfig(_Section):
 
     @field_validator("parts")
     @classmethod
-    def _grouping_or_random(cls, value: int | str) -> int | str:
+    def _grouping_or_random(cls, value: Any) -> Any:
         if isinstance(value, str) and value.isdecimal():
             return int(value)
         if isinstance(value, str) and not re.fullmatch(r"random(:[1-9]\d*)?", value):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
-from posefabric.models.backbones import TimmBackbone
+from posefabric import cli
+from posefabric.models.backbones import make_backbone
 from posefabric.models.compact import CompactNetwork
 from posefabric.models.supernet import Supernet
 from posefabric.space.architecture import Architecture, Head
@@ -63,7 +65,7 @@ def make_supernet(
     network = Supernet(
         shape=shape,
         parts=parts or {"upper": (0, 2), "lower": (1, 2, 3)},
-        backbone=TimmBackbone(backbone, levels=shape.pyramid_levels),
+        backbone=make_backbone(backbone, levels=shape.pyramid_levels),
         skeleton="four",
         keypoint_names=("a", "b", "c", "d"),
         input_wh=(64, 64),
@@ -77,4 +79,13 @@ def make_supernet(
 
 def make_compact(graph: Architecture) -> CompactNetwork:
     levels = len(graph.backbone.channels)
-    return CompactNetwork(graph=graph, backbone=TimmBackbone(graph.backbone.name, levels=levels))
+    return CompactNetwork(graph=graph, backbone=make_backbone(graph.backbone.name, levels=levels))
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """Run the console script in this process; its exit code."""
+    monkeypatch.setattr("sys.argv", ["posefabric", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+        raise SystemExit(0)
+    return int(stop.value.code or 0)

@@ -29,7 +29,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("deploy",),
     ("study", "bench"),
     ("cli_output",),
-    ("cli_data",),
+    ("cli_data", "cli_posenfs"),
     ("cli",),
     ("__main__",),
 )

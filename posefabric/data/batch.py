@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as functional
@@ -21,10 +21,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Normalisation:
-    """Mean and standard deviation of RGB in 0..1; they follow the backbone's weights."""
+    """Mean and standard deviation of the channels in 0..1; they follow the backbone's weights.
+
+    ``channel_order`` is the order the network takes the channels in, its constants in the same
+    order; ``bgr`` reads what the paper's released code trained (CONVENTIONS, normalisation).
+    """
 
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    channel_order: Literal["rgb", "bgr"] = "rgb"
 
     def __post_init__(self) -> None:
         if len(self.mean) != 3 or len(self.std) != 3 or not min(self.std) > 0:
@@ -34,7 +39,9 @@ class Normalisation:
             )
 
     def apply(self, images: Tensor) -> Tensor:
-        """(x / 255 - mean) / std of images (B, 3, H, W) in 0..255."""
+        """(x / 255 - mean) / std of RGB images (B, 3, H, W) in 0..255."""
+        if self.channel_order == "bgr":
+            images = torch.cat([images[:, 2:3], images[:, 1:2], images[:, 0:1]], dim=1)
         mean, std = images.new_tensor(self.mean), images.new_tensor(self.std)
         scale = 1 / (255 * std)
         return images * scale.view(1, 3, 1, 1) - (mean / std).view(1, 3, 1, 1)

@@ -313,6 +313,7 @@ def _metadata(
             "in_graph": True,
             "mean": normalisation.mean,
             "std": normalisation.std,
+            "channel_order": normalisation.channel_order,
         },
         "box_padding": BOX_PADDING,
         "box_to_crop": _CROP_RULE,

@@ -154,7 +154,7 @@ def describe_architecture(architecture: Architecture | Baseline) -> str:
         f"skeleton {architecture.skeleton}, {len(architecture.keypoint_names)} keypoints, "
         f"input {width}x{height}",
         f"backbone {backbone.name}: channels {channels}",
-        f"head {head.kind}" + (f" of {head.dim}" if head.kind == "vector" else ""),
+        f"head {head.kind}" + ("" if head.kind == "heatmap" else f" of {head.dim}"),
     ]
     if isinstance(architecture, Baseline):
         blocks = f", {architecture.blocks} residual blocks" if architecture.blocks else ""

@@ -33,9 +33,15 @@ def export_run(run: RunFolder, path: Path, *, decode: bool = True) -> tuple[Path
     return path, check
 
 
-def _validation_crops(run: RunFolder) -> np.ndarray:
-    """(N, H, W, 3) uint8 RGB crops of the first readable validation persons."""
+def _validation_crops(run: RunFolder) -> np.ndarray | None:
+    """(N, H, W, 3) uint8 RGB crops of the first readable validation persons.
+
+    None where the run names no data, as one made from a released checkpoint: then the check is
+    made on noise, and says so.
+    """
     config = run.config
+    if config.data.format != "synthetic" and config.data.root is None:
+        return None
     dataset = open_dataset(config.data, "val")
     geometry = CropGeometry(input_wh=config.data.input_wh, preset=config.data.preset)
     crops = []

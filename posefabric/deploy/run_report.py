@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +32,20 @@ def shipped_network(run: RunFolder) -> PoseNetwork:
     return deployable(load_network(run))
 
 
-def stages(run: RunFolder) -> dict[str, RunFolder]:
+def stages(run: RunFolder, overrides: Sequence[str] = ()) -> dict[str, RunFolder]:
     """``mixture`` and, where there is one, ``compact``: the runs a report sets side by side.
 
-    A baseline stands alone, under its own name.
+    A baseline stands alone, under its own name. ``overrides``: options such as
+    ``data.root=DIR`` to read them with.
     """
     newest = run.resolve("auto")
     if newest.config.model.network != "fabric":
-        return {newest.config.model.network: newest}
+        return {newest.config.model.network: newest.overridden(overrides)}
     mixture = run.resolve("mixture")
     found = {"mixture": mixture}
     if newest.kind != "search":
         found["compact"] = newest
-    return found
+    return {name: found_run.overridden(overrides) for name, found_run in found.items()}
 
 
 def measure(runs: dict[str, RunFolder], *, repeats: int = 40) -> dict[str, dict[str, Any]]:
@@ -128,9 +130,13 @@ def predict(network: PoseNetwork, config: Config, dataset: PersonDataset) -> Pre
     )
 
 
-def build_report(run: RunFolder, measured: dict[str, dict[str, Any]] | None = None) -> Path:
+def build_report(
+    run: RunFolder,
+    measured: dict[str, dict[str, Any]] | None = None,
+    overrides: Sequence[str] = (),
+) -> Path:
     """Write report.html into the run: what was searched, drawn, measured, and the pictures."""
-    runs = stages(run)
+    runs = stages(run, overrides)
     measured = measure(runs) if measured is None else measured
     newest = list(runs.values())[-1]
     top = next(iter(runs.values()))
@@ -165,6 +171,11 @@ def _lineage(run: RunFolder) -> dict[str, RunFolder]:
     return {step.kind: step for step in reversed(chain)}
 
 
+def _parts(config: Config) -> str:
+    parts = config.model.parts
+    return ", ".join(parts) if isinstance(parts, dict) else str(parts)
+
+
 def _command(run: RunFolder) -> str:
     recorded = run.read_json("run.json").get("command", "")
     return recorded.split("posefabric ", 1)[-1]
@@ -186,7 +197,7 @@ def _facts(top: RunFolder, newest: RunFolder) -> dict[str, Any]:
     if config.model.network != "fabric":
         return facts | {"network": config.model.network, "loss": config.finetune.loss} | trained
     return facts | {
-        "parts": config.model.parts,
+        "parts": _parts(config),
         "fabric": f"L={config.model.depth} from layer {config.model.first_layer}, "
         f"C={config.model.channel_factor}, H={config.model.hidden_nodes}, "
         f"{', '.join(config.model.operations)}",

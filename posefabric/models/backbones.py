@@ -1,9 +1,11 @@
-"""Feature pyramids: any timm model with levels at strides 4, 8, 16 and 32."""
+"""Feature pyramids at strides 4, 8, 16 and 32: any timm model, and the paper's own backbones."""
 
 from __future__ import annotations
 
 import difflib
 import socket
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from posefabric.data.batch import Normalisation
+from posefabric.models.backbone_names import find_tensors
+from posefabric.models.posenfs_backbones import (
+    RESNET_BLOCKS,
+    HRNet,
+    MobileNetV2,
+    PosenfsBackbone,
+    ResNet,
+)
+from posefabric.models.pyramid import PyramidBackbone
+from posefabric.models.state_files import read_state
 from posefabric.models.timm_import import import_timm
 from posefabric.space.operations import keep_depthwise_exact
 from posefabric.structures import PosefabricError
@@ -22,24 +34,20 @@ STRIDES = (4, 8, 16, 32)
 EMBEDDED = "tf_efficientnet_lite0"
 
 
-class TimmBackbone(nn.Module):
-    """A timm model cut to its pyramid.
-
-    ``channels`` are those of the ``levels`` first strides of 4, 8, 16, 32; deeper stages are
-    not built. Input (B, 3, H, W), output a list of (B, c, H/4, W/4), (B, c, H/8, W/8), ...
-    """
+class TimmBackbone(PyramidBackbone):
+    """A timm model cut to its pyramid; deeper stages are not built."""
 
     def __init__(self, name: str, *, levels: int = 4) -> None:
-        super().__init__()
-        self.name = name
+        super().__init__(name)
         timm = import_timm()
         if not timm.is_model(name):
-            known = timm.list_models()
+            known = [*OWN_BACKBONES, *timm.list_models()]
             near = [model for model in known if name in model][:5]
             near = near or difflib.get_close_matches(name, known, n=3)
             raise PosefabricError(
                 f"model.backbone={name}: timm {timm.__version__} has no such model"
                 + (f"; near: {', '.join(near)}" if near else "; see timm.list_models()")
+                + f"; besides timm's there are {', '.join(OWN_BACKBONES)}"
             )
         try:
             probe = timm.create_model(name, features_only=True, pretrained=False)
@@ -62,38 +70,64 @@ class TimmBackbone(nn.Module):
         _drop_unused_stages(self.body)
         self.channels: tuple[int, ...] = tuple(self.body.feature_info.channels())
         keep_depthwise_exact(self.body)
-        self._frozen: list[nn.Module] = []
+        self.naming, self.hub_name = "timm's", name
         settings = timm.get_pretrained_cfg(name)
         self.normalisation = Normalisation(mean=tuple(settings.mean), std=tuple(settings.std))
 
-    def forward(self, images: Tensor) -> list[Tensor]:
-        return self.body(images)
 
-    def freeze_to_stride_4(self) -> None:
-        """Freeze the layers up to the first level: their weights and their batch norms.
+@dataclass(frozen=True)
+class _Own:
+    body: Callable[[int], PosenfsBackbone]
+    naming: str
+    hub_name: str
 
-        They hold the least of the parameters, the most of the pixels and what ImageNet
-        teaches best; without their backward pass a step is a third faster.
-        """
-        self.zero_grad()
-        training = self.training
-        self.eval()
-        with torch.enable_grad():
-            self(torch.zeros(1, 3, 64, 64))[0].sum().backward()
-        for module in self.body.modules():
-            own = list(module.parameters(recurse=False))
-            if any(parameter.grad is not None for parameter in own):
-                self._frozen.append(module)
-                for parameter in own:
-                    parameter.requires_grad_(False)
-        self.zero_grad()
-        self.train(training)
 
-    def train(self, mode: bool = True) -> TimmBackbone:
-        super().train(mode)
-        for module in self._frozen:
-            module.train(False)
-        return self
+def _resnet(layers: int) -> _Own:
+    blocks = RESNET_BLOCKS[layers]
+    return _Own(
+        body=lambda levels: ResNet(levels=levels, blocks=blocks),
+        naming="torchvision's",
+        hub_name=f"resnet{layers}.tv_in1k",
+    )
+
+
+# The backbones of the paper's released code (PAPER section 4), for `model.backbone`.
+OWN_BACKBONES = {
+    **{f"posenfs_resnet{layers}": _resnet(layers) for layers in RESNET_BLOCKS},
+    "posenfs_mobilenet_v2": _Own(
+        body=lambda levels: MobileNetV2(levels=levels),
+        naming="the released code's",
+        hub_name="mobilenetv2_100",
+    ),
+    "hrnet_w32_stage3": _Own(
+        body=lambda levels: HRNet(levels=levels),
+        naming="the HRNet family's",
+        hub_name="hrnet_w32",
+    ),
+}
+
+
+class OwnBackbone(PyramidBackbone):
+    """A backbone of the paper's released code, by its name in ``OWN_BACKBONES``."""
+
+    def __init__(self, name: str, *, levels: int = 4) -> None:
+        super().__init__(name)
+        own = OWN_BACKBONES[name]
+        self.body = own.body(levels)
+        self.channels = self.body.channels
+        self.naming, self.hub_name = own.naming, own.hub_name
+        self.stem_names = self.body.stem
+        self.normalisation = Normalisation()
+
+
+def make_backbone(name: str, *, levels: int = 4) -> PyramidBackbone:
+    """A backbone by ``model.backbone``, with random weights.
+
+    Raises PosefabricError for a name that neither this package nor timm has, and for a model
+    without these strides.
+    """
+    kind = OwnBackbone if name in OWN_BACKBONES else TimmBackbone
+    return kind(name, levels=levels)
 
 
 def _drop_unused_stages(body: Any) -> None:
@@ -103,64 +137,41 @@ def _drop_unused_stages(body: Any) -> None:
         body.blocks = body.blocks[: int(last.split(".")[1]) + 1]
 
 
-def build_backbone(name: str, *, weights: str, levels: int = 4) -> TimmBackbone:
+def build_backbone(name: str, *, weights: str, levels: int = 4) -> PyramidBackbone:
     """A backbone with ImageNet weights.
 
     Args:
         weights: ``embedded`` (the EfficientNet-Lite0 that comes with the package), ``hub``
-            (timm's download), ``none``, or a local .safetensors or .pth state dict.
+            (timm's download), ``none``, or a local .safetensors or .pth state dict under timm's,
+            torchvision's, the HRNet family's or the released code's names.
 
     Raises PosefabricError when the weights cannot be had, saying what else to do.
     """
-    backbone = TimmBackbone(name, levels=levels)
-    load_backbone_weights(backbone, name, weights=weights)
+    backbone = make_backbone(name, levels=levels)
+    load_backbone_weights(backbone, weights=weights)
     return backbone
 
 
-def load_backbone_weights(backbone: Any, name: str, *, weights: str) -> None:
+def load_backbone_weights(backbone: PyramidBackbone, *, weights: str) -> None:
     """Fill ``backbone.body`` as :func:`build_backbone` says."""
     if weights == "none":
         return
     if weights == "embedded":
-        if name != EMBEDDED:
+        if backbone.name != EMBEDDED:
             raise PosefabricError(
-                f"model.weights=embedded: only {EMBEDDED} comes with the package, not {name}; "
-                f"set model.weights to hub, none or a local weights file"
+                f"model.weights=embedded: only {EMBEDDED} comes with the package, not "
+                f"{backbone.name}; set model.weights to hub, none or a local weights file"
             )
         _load_in_order(backbone.body, _embedded_state())
     elif weights == "hub":
-        _load_from_hub(backbone, name)
+        _load_from_hub(backbone)
     else:
-        _load_by_name(backbone.body, read_state(Path(weights)), origin=weights)
-
-
-def read_state(path: Path) -> dict[str, Tensor]:
-    """A state dict from .safetensors, or from a .pth without running pickled code."""
-    if not path.is_file():
-        raise PosefabricError(
-            f"model.weights={path}: no such file; give a local weights file, embedded, hub or none"
-        )
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise PosefabricError(
-            f"{path}: not a readable weights file ({type(error).__name__}); expected a state "
-            f"dict in .safetensors, or in .pth without pickled objects"
-        ) from error
-    for wrapper in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict):
-        raise PosefabricError(f"{path}: holds a {type(state).__name__}, expected a state dict")
-    return {
-        str(name).removeprefix("module."): value
-        for name, value in state.items()
-        if isinstance(value, Tensor)
-    }
+        if not Path(weights).is_file():
+            raise PosefabricError(
+                f"model.weights={weights}: no such file; give a local weights file, embedded, hub "
+                f"or none"
+            )
+        _load_by_name(backbone, read_state(Path(weights)), origin=weights)
 
 
 def _embedded_state() -> dict[str, Tensor]:
@@ -187,30 +198,22 @@ def _load_in_order(body: nn.Module, state: dict[str, Tensor]) -> None:
             tensor.copy_(value)
 
 
-def _load_by_name(body: nn.Module, state: dict[str, Tensor], *, origin: str) -> None:
-    wanted = _without_counters(body.state_dict())
-    # timm's features_only wrapper joins the first levels of a name by underscores.
-    renamed = {name.replace(".", "_"): value for name, value in state.items()}
-    found = {name: renamed.get(name.replace(".", "_")) for name in wanted}
-    missing = [name for name, value in found.items() if value is None]
-    if missing:
-        raise PosefabricError(
-            f"{origin}: {len(missing)} of the backbone's {len(wanted)} tensors are missing, the "
-            f"first is {missing[0]}; expected timm's names for this model"
-        )
+def _load_by_name(backbone: PyramidBackbone, state: dict[str, Tensor], *, origin: str) -> None:
+    wanted = _without_counters(backbone.body.state_dict())
+    found = find_tensors(wanted, state, own=backbone.naming, origin=origin)
+    for name, tensor in wanted.items():
+        if found[name].shape != tensor.shape:
+            raise PosefabricError(
+                f"{origin}: {name} is {tuple(found[name].shape)}, expected {tuple(tensor.shape)}; "
+                f"give weights of {backbone.name}"
+            )
     with torch.no_grad():
         for name, tensor in wanted.items():
-            value = found[name]
-            assert value is not None
-            if value.shape != tensor.shape:
-                raise PosefabricError(
-                    f"{origin}: {name} is {tuple(value.shape)}, expected {tuple(tensor.shape)}"
-                )
-            tensor.copy_(value)
+            tensor.copy_(found[name])
 
 
-def _load_from_hub(backbone: Any, name: str) -> None:
-    timm = import_timm()
+def _load_from_hub(backbone: PyramidBackbone) -> None:
+    timm, name = import_timm(), backbone.hub_name
     import huggingface_hub.constants as hub
 
     offline = hub.HF_HUB_OFFLINE
@@ -226,7 +229,7 @@ def _load_from_hub(backbone: Any, name: str) -> None:
         ) from error
     finally:
         hub.HF_HUB_OFFLINE = offline
-    _load_by_name(backbone.body, model.state_dict(), origin=f"timm hub, {name}")
+    _load_by_name(backbone, model.state_dict(), origin=f"timm hub, {name}")
 
 
 def _answers(endpoint: str, timeout_s: float = 3.0) -> bool:

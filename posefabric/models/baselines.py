@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from posefabric.models.heads import PartHead
+from posefabric.models.heads import build_head
 from posefabric.models.network import PoseNetwork
+from posefabric.models.pyramid import PyramidBackbone
 from posefabric.space.architecture import Head
 from posefabric.space.baseline import Baseline
 from posefabric.space.parts import SumOfParts
@@ -26,7 +26,7 @@ class BaselineNetwork(PoseNetwork):
 
     graph: Baseline
 
-    def __init__(self, *, graph: Baseline, backbone: Any) -> None:
+    def __init__(self, *, graph: Baseline, backbone: PyramidBackbone) -> None:
         super().__init__(backbone=backbone)
         self.graph = graph
 
@@ -61,7 +61,7 @@ class Branch(nn.Module):
         super().__init__()
         self.reduce = nn.Sequential(*_conv_norm(width_in, width, 1), nn.ReLU())
         self.blocks = nn.Sequential(*(ResidualBlock(width) for _ in range(blocks)))
-        self.head = PartHead(width, keypoints, head)
+        self.head = build_head(width, keypoints, head)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.blocks(self.reduce(x)))
@@ -75,7 +75,7 @@ class Branchnet(BaselineNetwork):
     published parameters to 0.2 % (PAPER section 5); neither is described there.
     """
 
-    def __init__(self, *, graph: Baseline, backbone: Any) -> None:
+    def __init__(self, *, graph: Baseline, backbone: PyramidBackbone) -> None:
         super().__init__(graph=graph, backbone=backbone)
         self.parts = nn.ModuleDict(
             {
@@ -106,7 +106,7 @@ class SimpleBaseline(BaselineNetwork):
     Of the backbone only the level at stride 32 is read.
     """
 
-    def __init__(self, *, graph: Baseline, backbone: Any) -> None:
+    def __init__(self, *, graph: Baseline, backbone: PyramidBackbone) -> None:
         super().__init__(graph=graph, backbone=backbone)
         layers: list[nn.Module] = []
         width = backbone.channels[-1]
@@ -116,12 +116,12 @@ class SimpleBaseline(BaselineNetwork):
             )
             nn.init.normal_(layers[-1].weight, std=0.001)  # type: ignore[arg-type]
             layers.append(nn.BatchNorm2d(graph.width))
-            # The head begins with the last one's ReLU.
-            if step < DECONVOLUTIONS - 1:
+            # A head begins with the last one's ReLU, but for vector3d's.
+            if step < DECONVOLUTIONS - 1 or graph.head.kind == "vector3d":
                 layers.append(nn.ReLU())
             width = graph.width
         self.deconvolutions = nn.Sequential(*layers)
-        self.head = PartHead(graph.width, len(graph.keypoint_names), graph.head)
+        self.head = build_head(graph.width, len(graph.keypoint_names), graph.head)
 
     def head_forward(self, pyramid: Sequence[Tensor]) -> Tensor:
         return self.head(self.deconvolutions(pyramid[-1]))
@@ -130,9 +130,9 @@ class SimpleBaseline(BaselineNetwork):
 class HRNetPose(BaselineNetwork):
     """The head on HRNet's finest resolution (Sun et al., 2019)."""
 
-    def __init__(self, *, graph: Baseline, backbone: Any) -> None:
+    def __init__(self, *, graph: Baseline, backbone: PyramidBackbone) -> None:
         super().__init__(graph=graph, backbone=backbone)
-        self.head = PartHead(backbone.channels[0], len(graph.keypoint_names), graph.head)
+        self.head = build_head(backbone.channels[0], len(graph.keypoint_names), graph.head)
 
     def head_forward(self, pyramid: Sequence[Tensor]) -> Tensor:
         return self.head(pyramid[0])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from posefabric.config import Config, check_trainable
@@ -18,6 +16,7 @@ from posefabric.models.fabric_backbone import (
 )
 from posefabric.models.hrnet import build_hrnet
 from posefabric.models.network import PoseNetwork
+from posefabric.models.pyramid import PyramidBackbone
 from posefabric.models.supernet import Supernet
 from posefabric.models.weights import load_weights
 from posefabric.run import RunFolder
@@ -77,7 +76,7 @@ def build_supernet(config: Config, *, pretrained: bool = True) -> Supernet:
     shape = make_shape(config)
     weights = config.model.weights if pretrained else "none"
     name, levels = config.model.backbone, shape.pyramid_levels
-    backbone: Any
+    backbone: PyramidBackbone
     own_shape = None
     if name in FABRIC_BACKBONES:
         _check_fabric_backbone(config)
@@ -98,6 +97,7 @@ def build_supernet(config: Config, *, pretrained: bool = True) -> Supernet:
         relaxation=config.search.relaxation,
         shared_alpha=config.model.shared_alpha,
         backbone_shape=own_shape,
+        channel_order=config.data.channel_order,
     )
     if config.model.frozen_stem:
         backbone.freeze_to_stride_4()
@@ -147,6 +147,7 @@ def build_baseline(config: Config, *, pretrained: bool = True) -> BaselineNetwor
         skeleton=config.data.skeleton,
         keypoint_names=skeleton.keypoints,
         input_wh=config.data.input_wh,
+        channel_order=config.data.channel_order,
         backbone=Backbone(name=backbone.name, channels=backbone.channels),
         width=width.get(model.network, backbone.channels[0]),
         blocks=model.branch_blocks if model.network == "branchnet" else 0,
@@ -155,16 +156,11 @@ def build_baseline(config: Config, *, pretrained: bool = True) -> BaselineNetwor
     )
     network = BASELINES[model.network](graph=graph, backbone=backbone)
     if model.frozen_stem:
-        if model.network == "hrnet":
-            raise PosefabricError(
-                "model.frozen_stem=true: HRNet has no stem apart from its finest resolution; set "
-                "model.frozen_stem=false"
-            )
         backbone.freeze_to_stride_4()
     return network
 
 
-def _baseline_backbone(network: str, name: str, *, weights: str) -> Any:
+def _baseline_backbone(network: str, name: str, *, weights: str) -> PyramidBackbone:
     if network == "hrnet":
         return build_hrnet(name, weights=weights)
     return build_backbone(name, weights=weights, levels=LEVELS[network])

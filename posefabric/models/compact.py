@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from posefabric.models.backbones import TimmBackbone
+from posefabric.models.backbones import make_backbone
 from posefabric.models.fabric_backbone import FabricBackbone
 from posefabric.models.network import FabricNetwork
+from posefabric.models.pyramid import PyramidBackbone
 from posefabric.space.architecture import Architecture, Part
 from posefabric.space.fabric import CellWeights
 
@@ -14,7 +13,7 @@ from posefabric.space.fabric import CellWeights
 class CompactNetwork(FabricNetwork):
     """The graph's weights are constants; after folding they are all 1 and disappear."""
 
-    def __init__(self, *, graph: Architecture, backbone: Any) -> None:
+    def __init__(self, *, graph: Architecture, backbone: PyramidBackbone) -> None:
         super().__init__(graph=graph, backbone=backbone)
         self._weights = {
             part.name: [CellWeights.of_graph(cell) for cell in part.cells] for part in graph.fabrics
@@ -34,9 +33,9 @@ class CompactNetwork(FabricNetwork):
 
 def build_compact(graph: Architecture) -> CompactNetwork:
     """A compact network with random weights, its backbone cut to the levels the graph reads."""
-    backbone: Any
+    backbone: PyramidBackbone
     if graph.backbone.fabric is not None:
         backbone = FabricBackbone(graph.backbone, faithful=graph.faithful)
     else:
-        backbone = TimmBackbone(graph.backbone.name, levels=len(graph.backbone.channels))
+        backbone = make_backbone(graph.backbone.name, levels=len(graph.backbone.channels))
     return CompactNetwork(graph=graph, backbone=backbone)

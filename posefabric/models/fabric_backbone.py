@@ -7,9 +7,9 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from posefabric.data.batch import Normalisation
-from posefabric.models.network import adapt_width
+from posefabric.models.pyramid import PyramidBackbone
 from posefabric.space.architecture import STEM_WIDTH, Backbone
-from posefabric.space.fabric import BackboneShape, CellWeights, Fabric, level_widths
+from posefabric.space.fabric import BackboneShape, CellWeights, Fabric, adapt_width, level_widths
 
 LAYERS = 5
 POOLS = ("avg_pool_3x3", "max_pool_3x3")
@@ -23,7 +23,7 @@ FABRIC_BACKBONES: dict[str, tuple[int, int]] = {
 }
 
 
-class FabricBackbone(nn.Module):
+class FabricBackbone(PyramidBackbone):
     """Images (B, 3, H, W) to a list of (B, channels[s], H/4/2**s, W/4/2**s).
 
     Two strided 3x3 convolutions, a 1x1 convolution to the finest node width, the graph's cells.
@@ -32,10 +32,9 @@ class FabricBackbone(nn.Module):
     """
 
     def __init__(self, graph: Backbone, *, faithful: bool) -> None:
-        super().__init__()
+        super().__init__(graph.name)
         assert graph.fabric is not None
         self.graph = graph
-        self.name = graph.name
         self.channels = graph.channels
         self.normalisation = Normalisation()
         self.stem = nn.Sequential(
@@ -61,6 +60,9 @@ class FabricBackbone(nn.Module):
             levels[scale] if scale in levels else stem[:, :0, :: 2**scale, :: 2**scale]
             for scale in range(len(self.channels))
         ]
+
+    def _first_layers(self) -> list[nn.Module]:
+        return list(self.stem.modules())
 
 
 def _strided(width_in: int, width_out: int) -> list[nn.Module]:

@@ -28,13 +28,49 @@ class PartHead(nn.Module):
         nn.init.zeros_(self.final_layer[1].bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        # Logits and squares leave half precision here: their differences are what counts.
-        x = self.final_layer(x).float() if x.dtype != torch.float64 else self.final_layer(x)
+        x = _single(self.final_layer(x))
         if self.head.kind == "heatmap":
             return x
         batch, _, height, width = x.shape
         length = x.view(batch, self.num_keypoints, -1, height, width).square().sum(2)
         return length if self.head.scores == "softmax" else length / (1 + length)
+
+
+class VolumeHead(nn.Module):
+    """The released code's "3D" vector head: (B, width, h, w) to (B, K_p, h, w) raw outputs.
+
+    A 1x1 convolution to width x dim channels and ReLU, seen as (width, dim, h, w); a 1x1x1
+    convolution to K_p, so that all slices share it; then the squared length over dim as in
+    :class:`PartHead`.
+    """
+
+    def __init__(self, width: int, num_keypoints: int, head: Head) -> None:
+        super().__init__()
+        self.head = head
+        self.final_layer = nn.Sequential(nn.Conv2d(width, width * head.dim, 1), nn.ReLU())
+        # 1x1x1 over (dim, h, w) is 1x1 over (dim h, w); memory formats know four axes.
+        self.final_layer_3d = nn.Conv2d(width, num_keypoints, 1)
+        nn.init.normal_(self.final_layer_3d.weight, std=0.05)
+        assert self.final_layer_3d.bias is not None
+        nn.init.zeros_(self.final_layer_3d.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dim = self.head.dim
+        volume = self.final_layer(x).unflatten(1, (-1, dim)).flatten(2, 3)
+        vectors = _single(self.final_layer_3d(volume)).unflatten(2, (dim, -1))
+        length = vectors.square().sum(2)
+        return length if self.head.scores == "softmax" else length / (1 + length)
+
+
+def build_head(width: int, num_keypoints: int, head: Head) -> nn.Module:
+    """The head of one part: (B, width, h, w) to (B, K_p, h, w) raw outputs."""
+    kind = VolumeHead if head.kind == "vector3d" else PartHead
+    return kind(width, num_keypoints, head)
+
+
+def _single(x: Tensor) -> Tensor:
+    """Logits and squares leave half precision: their differences are what counts."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def score_maps(outputs: Tensor, head: Head) -> Tensor:

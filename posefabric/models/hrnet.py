@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from posefabric.data.batch import Normalisation
 from posefabric.models.backbones import load_backbone_weights
 from posefabric.models.posenfs_backbones import HighResolutionModule, HRNet
+from posefabric.models.pyramid import PyramidBackbone
 from posefabric.structures import PosefabricError
 
 _STAGE_4_MODULES = 3
@@ -34,25 +35,23 @@ class WholeHRNet(HRNet):
         return self.stage4(self.pyramid(images))
 
 
-class HRNetBackbone(nn.Module):
+class HRNetBackbone(PyramidBackbone):
     """Images (B, 3, H, W) to a list of the one map (B, width, H/4, W/4)."""
 
     def __init__(self, name: str) -> None:
-        super().__init__()
+        super().__init__(name)
         found = re.fullmatch(r"hrnet_w([1-9]\d*)", name)
         if found is None:
             raise PosefabricError(
                 f"model.network=hrnet is a whole network, with model.backbone={name}: expected "
                 f"hrnet_w32, or another width (hrnet_w18, hrnet_w48, ...)"
             )
-        self.name = name
         self.body = WholeHRNet(int(found[1]))
         self.channels = self.body.channels
+        self.naming, self.hub_name = "the HRNet family's", name
+        self.stem_names = self.body.stem
         # The family's ImageNet weights, timm's among them, were trained with these.
         self.normalisation = Normalisation(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        return self.body(images)
 
 
 def build_hrnet(name: str, *, weights: str) -> HRNetBackbone:
@@ -61,5 +60,5 @@ def build_hrnet(name: str, *, weights: str) -> HRNetBackbone:
     Raises PosefabricError when the name is no HRNet's or the weights cannot be had.
     """
     backbone = HRNetBackbone(name)
-    load_backbone_weights(backbone, name, weights=weights)
+    load_backbone_weights(backbone, weights=weights)
     return backbone

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from posefabric.data.batch import Normalisation
-from posefabric.models.heads import PartHead, score_maps
+from posefabric.models.fabric_backbone import FabricBackbone
+from posefabric.models.heads import build_head, score_maps
+from posefabric.models.pyramid import PyramidBackbone
 from posefabric.space.architecture import Architecture, Head, Part
 from posefabric.space.baseline import Baseline
-from posefabric.space.fabric import CellWeights, Fabric, level_widths, pyramid_scales
+from posefabric.space.fabric import (
+    CellWeights,
+    Fabric,
+    adapt_width,
+    level_widths,
+    pyramid_scales,
+)
 from posefabric.space.parts import SumOfParts
 
 
@@ -24,24 +32,21 @@ class PartNetwork(nn.Module):
     ) -> None:
         super().__init__()
         widths = level_widths(part)
+        # The released code looks at the finest level alone; what a level reads is not cut with
+        # the pyramid's deeper levels.
+        same = channels[0] == widths[0]
         self.reduce = nn.ModuleDict()
         for scale in pyramid_scales(part, first_layer):
-            self.reduce[str(scale)] = adapt_width(channels[scale], widths[scale], faithful)
+            self.reduce[str(scale)] = adapt_width(
+                channels[scale], widths[scale], faithful, if_equal=not same
+            )
         self.fabric = Fabric(part, first_layer=first_layer, faithful=faithful)
-        self.head = PartHead(widths[0], len(part.keypoints), head)
+        self.head = build_head(widths[0], len(part.keypoints), head)
 
     def forward(self, pyramid: Sequence[Tensor], weights: Sequence[CellWeights]) -> Tensor:
         """Pyramid levels, finest first, to the part's raw outputs (B, K_p, H/4, W/4)."""
         levels = {int(scale): reduce(pyramid[int(scale)]) for scale, reduce in self.reduce.items()}
         return self.head(self.fabric(levels, weights, finest=pyramid[0]))
-
-
-def adapt_width(width_in: int, width_out: int, faithful: bool) -> nn.Module:
-    """1x1 convolution and batch norm; faithful: without the norm, and only between widths."""
-    if faithful and width_in == width_out:
-        return nn.Identity()
-    norm = nn.Identity() if faithful else nn.BatchNorm2d(width_out)
-    return nn.Sequential(nn.Conv2d(width_in, width_out, 1), norm)
 
 
 class PoseNetwork(nn.Module):
@@ -53,13 +58,14 @@ class PoseNetwork(nn.Module):
 
     graph: Architecture | Baseline
 
-    def __init__(self, *, backbone: Any) -> None:
+    def __init__(self, *, backbone: PyramidBackbone) -> None:
         super().__init__()
         self.backbone = backbone
 
     @property
     def normalisation(self) -> Normalisation:
-        return self.backbone.normalisation
+        own = self.backbone.normalisation
+        return dataclasses.replace(own, channel_order=self.graph.channel_order)
 
     def architecture(self) -> Architecture | Baseline:
         """The graph as it stands now, with its weights."""
@@ -81,7 +87,7 @@ class FabricNetwork(PoseNetwork):
 
     graph: Architecture
 
-    def __init__(self, *, graph: Architecture, backbone: Any) -> None:
+    def __init__(self, *, graph: Architecture, backbone: PyramidBackbone) -> None:
         super().__init__(backbone=backbone)
         self.graph = graph
         self.parts = nn.ModuleDict(
@@ -98,6 +104,7 @@ class FabricNetwork(PoseNetwork):
         )
         self.join = SumOfParts([part.keypoints for part in graph.parts], len(graph.keypoint_names))
         if graph.backbone.fabric is not None:
+            assert isinstance(backbone, FabricBackbone)
             backbone.take_weights_from(self.backbone_weights)
 
     def cell_weights(self, part: Part) -> list[CellWeights]:

@@ -68,6 +68,12 @@ class CellConfig(BaseModel):
             )
         return self
 
+    @property
+    def head_kind(self) -> Literal["heatmap", "vector", "vector3d"]:
+        if not self.vector_in_pixel:
+            return "heatmap"
+        return "vector3d" if self.convolution_mode == "3D" else "vector"
+
     def shape(self) -> FabricShape:
         return FabricShape(
             depth=self.depth,
@@ -162,11 +168,7 @@ def _build(specification: Specification, tensors: Mapping[str, Tensor]) -> Posen
     backbone = build_posenfs_backbone(
         specification.backbone, tensors.keys(), levels=shape.pyramid_levels
     )
-    head = Head(
-        kind="vector" if cells.vector_in_pixel else "heatmap",
-        dim=cells.vector_dim,
-        scores="identity",
-    )
+    head = Head(kind=cells.head_kind, dim=cells.vector_dim, scores="identity")
     differs = backbone.channels != shape.widths[: len(backbone.channels)]
     parts = [
         PosenfsPart(
@@ -175,7 +177,6 @@ def _build(specification: Specification, tensors: Mapping[str, Tensor]) -> Posen
             channels=backbone.channels,
             adapted=differs or any(key.startswith(f"reduce.{index}.") for key in tensors),
             head=head,
-            volume=cells.vector_in_pixel and cells.convolution_mode == "3D",
             alpha_size=_alpha_size(cells, shape, tensors.get(f"{name}.alphas")),
         )
         for index, (name, keypoints) in enumerate(specification.parts.items())

@@ -1,6 +1,7 @@
 """The three backbones of the released PoseNFS checkpoints, under the names of their states.
 
-Not timm's: there the levels, or the names of the tensors, are others. Each network gives its
+Not timm's: there the levels, or the names of the tensors, are others. `model.backbone` takes
+them as `posenfs_resnet50`, `posenfs_mobilenet_v2` and `hrnet_w32_stage3`. Each network gives its
 first ``levels`` of the strides 4, 8, 16, 32, finest first, and tells their ``channels``. What
 of a checkpoint it does not use begins with one of ``unused``.
 """
@@ -17,7 +18,8 @@ from posefabric.space.operations import keep_depthwise_exact
 from posefabric.structures import PosefabricError
 
 RESNET_PLANES = (64, 128, 256, 512)
-RESNET_50_BLOCKS = (3, 4, 6, 3)
+RESNET_BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+RESNET_50_BLOCKS = RESNET_BLOCKS[50]
 # Expansion, channels, blocks and stride of each group of blocks (Sandler et al., 2018).
 MOBILENET_GROUPS = (
     (1, 16, 1, 1),
@@ -36,6 +38,8 @@ class PosenfsBackbone(nn.Module):
 
     channels: tuple[int, ...]
     unused: tuple[str, ...]
+    # The layers up to stride 4, where these are not all that the first level depends on.
+    stem: tuple[str, ...] = ()
 
 
 def _conv(width_in: int, width_out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -85,6 +89,7 @@ class ResNet(PosenfsBackbone):
 
     def __init__(self, *, levels: int, blocks: Sequence[int] = RESNET_50_BLOCKS) -> None:
         super().__init__()
+        self.blocks = tuple(blocks)
         self.conv1 = _conv(3, 64, 7, 2)
         self.bn1 = nn.BatchNorm2d(64)
         width = 64
@@ -230,6 +235,8 @@ def _next_resolution(width_in: int, width_out: int) -> nn.Sequential:
 
 class HRNet(PosenfsBackbone):
     """HRNet-W32 up to stage 3; the fourth level is what transition 3 makes of the third."""
+
+    stem = ("conv1", "bn1", "conv2", "bn2", "layer1")
 
     def __init__(self, *, levels: int, widths: Sequence[int] = HRNET_WIDTHS) -> None:
         super().__init__()

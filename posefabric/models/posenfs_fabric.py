@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from posefabric.models.heads import PartHead
+from posefabric.models.heads import build_head
 from posefabric.models.posenfs_backbones import PosenfsBackbone
 from posefabric.space.architecture import Head, Part
 from posefabric.space.cell import Cell, edge_name
@@ -21,25 +21,6 @@ SOURCE_LAYERS = {
     "finer": {"conv": "operation.0", "norm": "operation.1"},
     "coarser": {"conv": "conv_1x1", "norm": "bn"},
 }
-
-
-class VolumeHead(nn.Module):
-    """The released code's "3D" vector head: (B, width, h, w) to scores (B, K_p, h, w).
-
-    A 1x1 convolution to width x dim channels and ReLU, seen as (width, dim, h, w); a 1x1x1
-    convolution to K_p; the squashed length |v|^2 / (1 + |v|^2) over dim.
-    """
-
-    def __init__(self, width: int, num_keypoints: int, dim: int) -> None:
-        super().__init__()
-        self.dim = dim
-        self.final_layer = nn.Sequential(nn.Conv2d(width, width * dim, 1), nn.ReLU())
-        self.final_layer_3d = nn.Conv3d(width, num_keypoints, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        volume = self.final_layer(x).unflatten(1, (-1, self.dim))
-        length = self.final_layer_3d(volume).square().sum(2)
-        return length / (1 + length)
 
 
 class PosenfsPart(nn.Module):
@@ -58,7 +39,6 @@ class PosenfsPart(nn.Module):
         channels: Sequence[int],
         adapted: bool,
         head: Head,
-        volume: bool,
         alpha_size: tuple[int, ...],
     ) -> None:
         super().__init__()
@@ -72,9 +52,7 @@ class PosenfsPart(nn.Module):
                 self.reduce[str(scale)] = nn.Conv2d(channels[scale], shape.width(scale), 1)
         self.fabric = Fabric(graph, first_layer=shape.first_layer, faithful=True)
         width, count = shape.width(0), len(graph.keypoints)
-        self.head: nn.Module = PartHead(width, count, head)
-        if volume:
-            self.head = VolumeHead(width, count, head.dim)
+        self.head = build_head(width, count, head)
 
     def forward(self, pyramid: Sequence[Tensor]) -> Tensor:
         """Pyramid levels, finest first, to the part's maps (B, K_p, H/4, W/4)."""
@@ -107,7 +85,9 @@ class PosenfsPart(nn.Module):
             cell = self.fabric.cells[cell_name(graph)]
             assert isinstance(cell, Cell)
             yield from _cell_tensors(cell, f"{name}.cell_{graph.layer}_{graph.scale}")
-        yield from _tensors(self.head, name)
+        for key, tensor in _tensors(self.head, name):
+            # Ours lacks the axis over the slices, which is 1 long.
+            yield key, tensor[:, :, None] if key.endswith("final_layer_3d.weight") else tensor
         yield from _tensors(self.reduce, f"reduce.{index}")
 
 

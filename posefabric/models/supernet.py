@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from posefabric.models.fabric_backbone import FabricBackbone
 from posefabric.models.network import FabricNetwork
+from posefabric.models.pyramid import PyramidBackbone
 from posefabric.space.architecture import Architecture, Backbone, Cell, Edge, Head, Part
 from posefabric.space.cell import Weight
 from posefabric.space.fabric import BackboneShape, CellWeights, FabricShape
@@ -55,7 +57,7 @@ class Supernet(FabricNetwork):
         *,
         shape: FabricShape,
         parts: dict[str, tuple[int, ...]],
-        backbone: Any,
+        backbone: PyramidBackbone,
         skeleton: str,
         keypoint_names: tuple[str, ...],
         input_wh: tuple[int, int],
@@ -63,20 +65,19 @@ class Supernet(FabricNetwork):
         relaxation: str = "softmax",
         shared_alpha: bool = True,
         backbone_shape: BackboneShape | None = None,
+        channel_order: Literal["rgb", "bgr"] = "rgb",
     ) -> None:
         if relaxation not in RELAXATIONS:
             raise PosefabricError(
                 f"search.relaxation={relaxation}: expected one of {', '.join(RELAXATIONS)}"
             )
+        own_fabric = backbone.graph.fabric if isinstance(backbone, FabricBackbone) else None
         graph = Architecture(
             skeleton=skeleton,
             keypoint_names=keypoint_names,
             input_wh=input_wh,
-            backbone=Backbone(
-                name=backbone.name,
-                channels=backbone.channels,
-                fabric=None if backbone_shape is None else backbone.graph.fabric,
-            ),
+            channel_order=channel_order,
+            backbone=Backbone(name=backbone.name, channels=backbone.channels, fabric=own_fabric),
             first_layer=shape.first_layer,
             faithful=shape.faithful,
             head=head,
@@ -87,8 +88,9 @@ class Supernet(FabricNetwork):
         self.relaxation = relaxation
         self.shapes: dict[str, FabricShape] = {name: shape for name in parts}
         self.register_buffer("absent_sources", _absent_sources(shape), persistent=False)
-        if backbone_shape is not None:
-            fabric = backbone.graph.fabric.name
+        if own_fabric is not None:
+            assert backbone_shape is not None
+            fabric = own_fabric.name
             if fabric in parts:
                 raise PosefabricError(
                     f"model.backbone={backbone.name}: a part of skeleton {skeleton} is called "

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from posefabric.config import Config, config_from_tree
+from posefabric.config import Config, config_from_tree, with_overrides
 from posefabric.run import lineage
 from posefabric.run.contents import RunFiles
 from posefabric.run.environment import describe_environment
@@ -180,6 +180,11 @@ class RunFolder(RunFiles):
                 config.data.skeleton = str(own)
             self._config = config
         return self._config
+
+    def overridden(self, overrides: Sequence[str]) -> RunFolder:
+        """This run read with ``section.option=value`` overrides; its files stay as they are."""
+        self._config = with_overrides(self.config, overrides)
+        return self
 
     def _with_own_skeleton(self, config: Config) -> Config:
         """``config`` naming the run's copy when its own skeleton file says the same."""

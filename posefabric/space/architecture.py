@@ -79,13 +79,14 @@ class Part(_Frozen):
 class Head(_Frozen):
     """How a part's representation becomes heatmaps.
 
-    ``kind`` heatmap: one map a keypoint; vector: ``dim`` values a pixel, scored by length.
+    ``kind`` heatmap: one map a keypoint; vector: ``dim`` values a pixel, scored by length;
+    vector3d: the same, by a convolution over a volume of ``dim`` slices.
     ``scores``: softmax (trained by cross-entropy) or identity (trained by mean squared error).
     ``peak``: the highest value of the normalised target Gaussian; a keypoint's score is its
     probability divided by this.
     """
 
-    kind: Literal["heatmap", "vector"] = "heatmap"
+    kind: Literal["heatmap", "vector", "vector3d"] = "heatmap"
     dim: int = 8
     scores: Literal["softmax", "identity"] = "softmax"
     peak: float = 1.0
@@ -147,11 +148,15 @@ class Graph(_Frozen):
 
 
 class Architecture(Graph):
-    """The whole network as an explicit graph."""
+    """The whole network as an explicit graph.
+
+    ``channel_order`` is that of the images it was trained on.
+    """
 
     skeleton: str
     keypoint_names: tuple[str, ...]
     input_wh: tuple[int, int]
+    channel_order: Literal["rgb", "bgr"] = "rgb"
     backbone: Backbone
     first_layer: int
     faithful: bool = False
@@ -199,6 +204,7 @@ def _flatten(architecture: Architecture) -> dict[str, str]:
     flat = {
         "skeleton": f"{architecture.skeleton} {', '.join(architecture.keypoint_names)}",
         "input_wh": str(architecture.input_wh),
+        "channel_order": architecture.channel_order,
         "backbone": f"{backbone.name} {backbone.channels}",
         "first_layer": str(architecture.first_layer),
         "faithful": str(architecture.faithful),

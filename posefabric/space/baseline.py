@@ -38,6 +38,7 @@ class Baseline(Graph):
     skeleton: str
     keypoint_names: tuple[str, ...]
     input_wh: tuple[int, int]
+    channel_order: Literal["rgb", "bgr"] = "rgb"
     backbone: Backbone
     width: int
     blocks: int = 0

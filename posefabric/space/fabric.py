@@ -131,6 +131,19 @@ class BackboneShape(FabricShape):
         return min(layer + 2, MAX_SCALES, self.levels + self.depth - 1 - layer)
 
 
+def adapt_width(
+    width_in: int, width_out: int, faithful: bool, *, if_equal: bool = False
+) -> nn.Module:
+    """1x1 convolution and batch norm, before a fabric.
+
+    Faithful: without the norm, and between equal widths only ``if_equal``.
+    """
+    if faithful and width_in == width_out and not if_equal:
+        return nn.Identity()
+    norm = nn.Identity() if faithful else nn.BatchNorm2d(width_out)
+    return nn.Sequential(nn.Conv2d(width_in, width_out, 1), norm)
+
+
 @dataclass
 class CellWeights:
     """What one cell multiplies by, in the order of its graph's sources, edges and choices."""

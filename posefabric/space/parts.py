@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -14,14 +14,17 @@ from posefabric.structures import PosefabricError
 
 
 def choose_parts(
-    skeleton: Skeleton, parts: int | str, *, seed: int = 0
+    skeleton: Skeleton, parts: int | str | Mapping[str, Sequence[str]], *, seed: int = 0
 ) -> dict[str, tuple[int, ...]]:
     """Part name to keypoint indices: a grouping of the skeleton's file (PAPER section 2).
 
     ``"random:P"`` deals the keypoints by ``seed`` into P parts of nearly equal size, each
-    keypoint into one: the paper's control (section 5). ``"random"`` is ``"random:3"``.
+    keypoint into one: the paper's control (section 5). ``"random"`` is ``"random:3"``. A mapping
+    is the grouping itself, each part's keypoints by name; their order is that of the part's maps.
     Raises PosefabricError for a grouping the skeleton does not have.
     """
+    if isinstance(parts, Mapping):
+        return {name: _own_part(skeleton, name, names) for name, names in parts.items()}
     if isinstance(parts, str):
         return _random_parts(skeleton, parts, seed)
     if parts not in skeleton.groupings:
@@ -44,6 +47,18 @@ def _random_parts(skeleton: Skeleton, parts: str, seed: int) -> dict[str, tuple[
     order = np.random.default_rng(seed).permutation(skeleton.num_keypoints)
     groups = np.array_split(order, count)
     return {f"random_{i}": tuple(sorted(int(k) for k in group)) for i, group in enumerate(groups)}
+
+
+def _own_part(skeleton: Skeleton, name: str, keypoints: Sequence[str]) -> tuple[int, ...]:
+    unknown = [k for k in keypoints if k not in skeleton.keypoints]
+    if unknown or not keypoints or len(set(keypoints)) != len(keypoints):
+        raise PosefabricError(
+            f"model.parts: part {name} has {', '.join(keypoints) or 'no keypoints'}; expected "
+            f"different ones of {skeleton.name}: {', '.join(skeleton.keypoints)}"
+        )
+    if not name or "." in name or hasattr(torch.nn.ModuleDict, name):
+        raise PosefabricError(f"model.parts: no part can be called {name!r}; choose another name")
+    return tuple(skeleton.keypoints.index(k) for k in keypoints)
 
 
 class SumOfParts(torch.nn.Module):

@@ -121,6 +121,11 @@ def evaluate(
     **options: Any,
 ) -> dict[str, Any]:
     """All measures of a network on a data set, under the configuration's crop and codec."""
+    if config.data.channel_order != network.graph.channel_order:
+        raise PosefabricError(
+            f"data.channel_order={config.data.channel_order}: this network was trained on "
+            f"{network.graph.channel_order}; leave the option out"
+        )
     return evaluate_network(
         network,
         dataset,

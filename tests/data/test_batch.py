@@ -100,6 +100,10 @@ def test_normalisation_follows_its_formula() -> None:
     pixels = batch.crops.numpy().transpose(0, 3, 1, 2) / 255.0
     mean, std = (np.array(v).reshape(3, 1, 1) for v in (normalisation.mean, normalisation.std))
     np.testing.assert_allclose(found.numpy(), (pixels - mean) / std, atol=1e-5)
+    pixels = 255 * torch.rand(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    bgr = Normalisation(channel_order="bgr")
+    # The constants stay in their places: red's are applied to blue.
+    assert torch.equal(bgr.apply(pixels), normalisation.apply(pixels.flip(1)))
     with pytest.raises(PosefabricError, match="normalisation"):
         Normalisation(std=(1.0, 0.0, 1.0))
 

@@ -114,6 +114,7 @@ def test_the_metadata_tells_how_to_use_the_file(tiny_file, mixture_file) -> None
         "in_graph": True,
         "mean": [0.5, 0.4, 0.3],
         "std": [0.2, 0.3, 0.4],
+        "channel_order": "rgb",
     }
     assert metadata["architecture_digest"] is None
     network, path, _ = mixture_file

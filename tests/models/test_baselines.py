@@ -116,7 +116,10 @@ def small_backbone(network: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("network", BASELINES)
-@pytest.mark.parametrize(("head", "scores"), [("heatmap", "softmax"), ("vector", "identity")])
+@pytest.mark.parametrize(
+    ("head", "scores"),
+    [("heatmap", "softmax"), ("vector", "identity"), ("vector3d", "identity")],
+)
 def test_every_weight_of_a_baseline_is_used(network: str, head: str, scores: str) -> None:
     torch.manual_seed(0)
     parts = 3 if network == "branchnet" else None
@@ -124,7 +127,7 @@ def test_every_weight_of_a_baseline_is_used(network: str, head: str, scores: str
     outputs = model(torch.randn(2, 3, 64, 96))
     assert outputs.shape == (2, 17, 16, 24)
     maps = model.score_maps(outputs)
-    if head == "vector":
+    if head != "heatmap":
         assert bool((maps >= 0).all()) and bool((maps < 1).all())
     else:
         torch.testing.assert_close(maps.sum((2, 3)), torch.ones(2, 17))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from posefabric.models.heads import PartHead, score_maps
+from posefabric.models.heads import PartHead, VolumeHead, build_head, score_maps
 from posefabric.space.architecture import Head
 
 X = torch.randn(2, 6, 5, 4, generator=torch.Generator().manual_seed(0))
@@ -39,8 +39,27 @@ def test_vector_head(scores: str) -> None:
     torch.testing.assert_close(head(channels_last), expected)
 
 
+@pytest.mark.parametrize("scores", ["softmax", "identity"])
+def test_a_volume_of_vectors_is_a_3d_convolution(scores: str) -> None:
+    torch.manual_seed(2)
+    head = build_head(6, 3, Head(kind="vector3d", dim=4, scores=scores))  # type: ignore[arg-type]
+    assert isinstance(head, VolumeHead)
+    torch.nn.init.normal_(head.final_layer_3d.bias)  # type: ignore[arg-type]
+    conv3d = torch.nn.Conv3d(6, 3, 1)
+    with torch.no_grad():
+        conv3d.weight.copy_(head.final_layer_3d.weight[:, :, None])
+        conv3d.bias.copy_(head.final_layer_3d.bias)  # type: ignore[union-attr,arg-type]
+        volume = head.final_layer(X).view(X.shape[0], 6, 4, *X.shape[2:])
+        expected = conv3d(volume).square().sum(2)
+        expected = expected if scores == "softmax" else expected / (1 + expected)
+        torch.testing.assert_close(head(X), expected)
+        lasting = head.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        torch.testing.assert_close(lasting(X), expected)
+
+
 def test_outputs_leave_half_precision() -> None:
-    for head in (PartHead(6, 2, Head()), PartHead(6, 2, Head(kind="vector"))):
+    for kind in ("heatmap", "vector", "vector3d"):
+        head = build_head(6, 2, Head(kind=kind))  # type: ignore[arg-type]
         with torch.autocast("cpu", torch.bfloat16):
             assert head(X).dtype == torch.float32
         assert head.double()(X.double()).dtype == torch.float64

@@ -3,111 +3,19 @@
 from __future__ import annotations
 
 import copy
-import functools
-import json
 import random
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from posenfs_by_hand import Shapes, fabric_by_hand, fabric_shapes
-from reference_fill import fill_by_name
+from posenfs_by_hand import fabric_by_hand, fabric_shapes
+from released import PARTS, backbone_shapes, make_state, specification
 from torch import Tensor
 
+from posefabric.evaluate.reference import compare_reference, relative_difference
 from posefabric.models.posenfs import OPERATION_NAMES, load_posenfs
-from posefabric.models.posenfs_backbones import build_posenfs_backbone
 from posefabric.structures import PosefabricError
-from posefabric.train.loss import mean_squared_error
-
-PARTS: dict[str, dict[int, dict[str, list[int]]]] = {
-    "coco": {
-        1: {"whole_body": list(range(17))},
-        3: {"arms": [5, 6, 7, 8, 9, 10], "head": [0, 1, 2, 3, 4], "legs": [*range(11, 17)]},
-        5: {
-            "left_arm": [7, 9],
-            "right_arm": [8, 10],
-            "legs": [13, 14, 15, 16],
-            "head_shoulder": [0, 1, 2, 3, 4, 5, 6],
-            "hips": [11, 12],
-        },
-        8: {
-            "left_upper_arm": [5, 7],
-            "right_upper_arm": [6, 8],
-            "left_lower_arm": [7, 9],
-            "right_lower_arm": [8, 10],
-            "left_lower_leg": [13, 15],
-            "right_lower_leg": [14, 16],
-            "head_shoulder": [0, 1, 2, 3, 4, 5, 6],
-            "upper_legs": [11, 12, 13, 14],
-        },
-    },
-    "mpii": {
-        1: {"whole_body": list(range(16))},
-        3: {"arms": [3, 4, 5, 6, 7, 8], "head": [0, 1, 2], "legs": [9, 10, 11, 12, 13, 14, 15]},
-        8: {
-            "left_upper_arm": [3, 5],
-            "right_upper_arm": [4, 6],
-            "left_lower_arm": [5, 7],
-            "right_lower_arm": [6, 8],
-            "left_lower_leg": [11, 13],
-            "right_lower_leg": [12, 14],
-            "head_shoulder": [0, 1, 2, 3, 4],
-            "upper_legs": [9, 15, 10, 11, 12],
-        },
-    },
-}
-
-
-def specification(
-    *, backbone: str = "mobilenet_v2", dataset: str = "coco", parts: int = 1, **cells: Any
-) -> dict[str, Any]:
-    config: dict[str, Any] = {
-        "one-shot-search": True,
-        "vector_in_pixel": False,
-        "vector_dim": 8,
-        "convolution_mode": "2D",
-        "search_alpha": True,
-        "search_beta": True,
-        "operators": ["Zero", "skip_connect", "Atr_Conv_3x3", "Sep_Conv_3x3"],
-        "depth": 6,
-        "cut_layers_num": 3,
-        "size_types": [4, 8, 16, 32],
-        "hidden_states_num": 1,
-        "factor": 2,
-        "input_nodes_num": 1,
-    }
-    config |= {key.replace("one_shot", "one-shot-search"): value for key, value in cells.items()}
-    return {
-        "backbone": backbone,
-        "dataset": dataset,
-        "parts_num": parts,
-        "parts": PARTS[dataset][parts],
-        "cell_config": config,
-    }
-
-
-@functools.cache
-def backbone_shapes(name: str) -> tuple[tuple[int, ...], Shapes]:
-    backbone = build_posenfs_backbone(name, (), levels=4)
-    shapes = {
-        f"backbone.{key}": tuple(tensor.shape)
-        for key, tensor in backbone.state_dict().items()
-        if not key.endswith("num_batches_tracked")
-    }
-    return backbone.channels, shapes
-
-
-def make_state(spec: dict[str, Any]) -> dict[str, Tensor]:
-    channels, shapes = backbone_shapes(spec["backbone"])
-    return fill_by_name({**shapes, **fabric_shapes(spec, channels)})
-
-
-def relative(found: Tensor | np.ndarray, expected: Tensor | np.ndarray) -> float:
-    found, expected = np.asarray(found), np.asarray(expected)
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
-
 
 # The values that the released code computed (../shared/reference/README.md).
 
@@ -122,33 +30,10 @@ def relative(found: Tensor | np.ndarray, expected: Tensor | np.ndarray) -> float
     ],
 )
 def test_the_released_models(shared: Path, name: str) -> None:
-    folder = shared / "reference/posenfs"
-    spec = json.loads((folder / f"{name}.json").read_text())
-    expected = np.load(folder / f"{name}.npz")
-    network = load_posenfs(spec, fill_by_name(dict(spec["state"])))
-    for module in network.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = 1.0
-    noise = np.random.default_rng(7).standard_normal(spec["input"]).astype(np.float32)
-    images = torch.from_numpy(noise).double()
-    outputs = network.train()(images)
-    assert relative(outputs.detach(), expected["heatmaps_train"]) < 1e-6
-    with torch.no_grad():
-        assert relative(network.eval()(images), expected["heatmaps_eval"]) < 1e-6
-    size = spec["output"]
-    targets = np.abs(np.random.default_rng(8).standard_normal(size)).astype(np.float32)
-    weights = np.random.default_rng(9).random(size[:2]) > 0.2
-    # In training mode the outputs do not depend on the statistics that evaluation used.
-    loss = mean_squared_error(
-        outputs, torch.from_numpy(targets).double(), torch.from_numpy(weights)
-    )
-    assert loss.item() == pytest.approx(spec["loss_train"], rel=1e-8)
-    loss.backward()
-    found = network.arch_parameters()
-    assert {f"grad.{key}" for key in found} == {k for k in expected if k.startswith("grad.")}
-    for key, parameter in found.items():
-        assert parameter.grad is not None
-        assert relative(parameter.grad, expected[f"grad.{key}"]) < 1e-8, key
+    """Heatmaps within 1e-6, the loss and every gradient of alpha and beta within 1e-8."""
+    rows = compare_reference(shared / f"reference/posenfs/{name}.json")
+    assert {"heatmaps_train", "heatmaps_eval", "loss"} < {row.quantity for row in rows}
+    assert all(row.passed for row in rows), rows
 
 
 # Other configurations, against the same fabric from plain functions.
@@ -207,7 +92,7 @@ def check_by_hand(spec: dict[str, Any], state: dict[str, Tensor]) -> None:
         expected = fabric_by_hand(spec, {**state, **arch}, pyramid, training=training)
         found = network.train(training).head_forward(pyramid)
         assert found.shape == expected.shape
-        assert relative(found.detach(), expected.detach()) < 1e-11
+        assert relative_difference(found.detach(), expected.detach()) < 1e-11
     probe = torch.randn(found.shape, generator=generator, dtype=torch.float64)
     (found * probe).sum().backward()
     (expected * probe).sum().backward()

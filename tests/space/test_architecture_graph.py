@@ -142,6 +142,7 @@ def test_a_diff_says_what_was_lost_won_and_changed() -> None:
         dict(backbone=Backbone(name="net", channels=(4, 8))),
         dict(faithful=True),
         dict(head=Head(kind="vector")),
+        dict(channel_order="bgr"),
         dict(head=Head(scores="identity")),
         dict(head=Head(peak=0.5)),
         dict(head=Head(dim=3)),

@@ -92,3 +92,23 @@ def test_keypoints_that_no_part_predicts_or_that_do_not_exist() -> None:
         SumOfParts([[0], [2]], 4)
     with pytest.raises(PosefabricError, match=r"keypoints \[4\], there are 0 \.\. 3"):
         SumOfParts([[0, 1, 2, 3], [4]], 4)
+
+
+def test_a_grouping_of_ones_own_keeps_its_order() -> None:
+    chosen = choose_parts(COCO, {"face": ["right_eye", "nose"], "rest": ["left_hip"]})
+    assert chosen == {"face": (2, 0), "rest": (11,)}
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"a": ["tail"]}, "part a has tail; expected different ones of coco17: nose"),
+        ({"a": ["nose", "nose"]}, "part a has nose, nose"),
+        ({"a": []}, "part a has no keypoints"),
+        ({"a.b": ["nose"]}, r"no part can be called 'a\.b'"),
+        ({"items": ["nose"]}, "no part can be called 'items'"),
+    ],
+)
+def test_a_grouping_of_ones_own_is_checked(parts: dict, message: str) -> None:
+    with pytest.raises(PosefabricError, match=message):
+        choose_parts(COCO, parts)
