@@ -47,11 +47,14 @@ def load_coco_tree(path: PathLike, *, annotated: bool = True) -> dict[str, Any]:
     for key in ("images", "annotations"):
         found = tree.get(key) if isinstance(tree, dict) else None
         if not isinstance(found, list):
-            raise DataError(f"{path}: COCO annotations have a list `{key}`, this file has none")
+            advice = "; detected boxes can do without: data.boxes=FILE" if key != "images" else ""
+            raise DataError(
+                f"{path}: COCO annotations have a list `{key}`, this file has none{advice}"
+            )
         if not found and (annotated or key == "images"):
             raise DataError(
-                f"{path}: the list `{key}` is empty; is this the right split? (Persons without "
-                "annotations need detected boxes: data.boxes=FILE)"
+                f"{path}: the list `{key}` is empty; is this the right split? (Without "
+                "annotations give detected boxes: data.boxes=FILE)"
             )
         if not all(isinstance(entry, dict) for entry in found):
             raise DataError(f"{path}: every entry of `{key}` must be an object in braces")

@@ -191,11 +191,12 @@ def _dark_logs(maps: Tensor) -> Tensor:
 
 
 def _udp_logs(maps: Tensor) -> Tensor:
-    """The same as UDP has it: clipped as it is, and the border repeated once all around.
+    """The same as UDP's code has it (Huang et al., CVPR 2020), with a row more on each side.
 
-    Low values lie below the clip, and the border is refined too (Huang et al., CVPR 2020).
+    The blur mirrors the border, values are clipped as they are, and the border is repeated once,
+    so that it is refined too.
     """
-    logs = torch.log(_blur(maps).clamp(*UDP_RANGE))
+    logs = torch.log(_blur(maps, mirrored=True).clamp(*UDP_RANGE))
     return functional.pad(logs, (1, 1, 1, 1), mode="replicate")
 
 
@@ -235,18 +236,21 @@ def _quarter(maps: Tensor, anchor: Tensor) -> Tensor:
     return 0.25 * torch.sign(torch.stack([across, down], dim=-1))
 
 
-def _blur(maps: Tensor) -> Tensor:
-    """Gaussian blur of (B, K, h, w), kernel 11, with zeros outside.
+def _blur(maps: Tensor, mirrored: bool = False) -> Tensor:
+    """Gaussian blur of (B, K, h, w), kernel 11, with zeros outside, or the map mirrored.
 
     Zeros, as in DARK's own code: mirroring at the border, OpenCV's default, adds a second peak
     there and moves keypoints two cells inside by a whole cell.
     """
     reach = DARK_KERNEL // 2
+    if mirrored:
+        maps = functional.pad(maps, (reach, reach, reach, reach), mode="reflect")
+    border = 0 if mirrored else reach
     grid = torch.arange(-reach, reach + 1, dtype=maps.dtype, device=maps.device)
     kernel = torch.exp(-(grid**2) / (2 * DARK_SIGMA**2))
     kernel = kernel / kernel.sum()
     count = maps.shape[1]
     across = kernel.view(1, 1, 1, -1).expand(count, 1, 1, DARK_KERNEL)
     down = kernel.view(1, 1, -1, 1).expand(count, 1, DARK_KERNEL, 1)
-    maps = functional.conv2d(maps, across, padding=(0, reach), groups=count)
-    return functional.conv2d(maps, down, padding=(reach, 0), groups=count)
+    maps = functional.conv2d(maps, across, padding=(0, border), groups=count)
+    return functional.conv2d(maps, down, padding=(border, 0), groups=count)

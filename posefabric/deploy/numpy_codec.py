@@ -46,7 +46,9 @@ class NumpyCodec:
         interior = (x > 0) & (x < columns - 1) & (y > 0) & (y < rows - 1)
         anchor_x, anchor_y = np.clip(x, 1, columns - 2), np.clip(y, 1, rows - 2)
         if rules.decode == "udp-dark":
-            logs = np.log(np.clip(_blurred(maps), *_UDP_RANGE).astype(np.float64))
+            logs = np.log(
+                np.clip(_blurred(maps, cv2.BORDER_REFLECT_101), *_UDP_RANGE).astype(np.float64)
+            )
             logs = np.pad(logs, ((0, 0), (0, 0), (1, 1), (1, 1)), mode="edge")
             step = _newton_step(_neighbourhood(logs, x + 1, y + 1))
             interior = np.ones_like(interior)
@@ -85,15 +87,15 @@ def _neighbourhood(maps: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray
     ]
 
 
-def _blurred(maps: np.ndarray) -> np.ndarray:
-    """Gaussian blur of (B, K, h, w), kernel 11, zeros outside."""
+def _blurred(maps: np.ndarray, border: int = cv2.BORDER_CONSTANT) -> np.ndarray:
+    """Gaussian blur of (B, K, h, w), kernel 11, zeros outside unless said."""
     blurred = np.empty_like(maps)
     for place in np.ndindex(*maps.shape[:2]):
         blurred[place] = cv2.GaussianBlur(
             maps[place],
             (_DARK_KERNEL, _DARK_KERNEL),
             _DARK_SIGMA,
-            borderType=cv2.BORDER_CONSTANT,
+            borderType=border,
         )
     return blurred
 
