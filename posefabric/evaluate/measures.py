@@ -49,9 +49,9 @@ def evaluate_predictions(
     Returns:
         ``data``, ``skeleton``, ``persons``, ``predicted``, ``skipped`` (by the reader, and why),
         ``box_source``, ``sigmas_source``, ``ground_truth`` (whether keypoints are known), and
-        ``pck``, ``pckh``, ``oks``: the results of pck,
-        mpii_pckh (with ``threshold``, ``persons`` and ``left_out``) and oks_evaluate, None where
-        the data set has no ground truth (or, for ``pckh``, no head boxes; for ``oks``, no areas).
+        ``pck``, ``pckh``, ``oks``: the results of pck, mpii_pckh (with ``threshold``, ``persons``
+        and ``left_out``) and oks_evaluate, None where the data set has no ground truth (or, for
+        ``pckh``, no head boxes; for ``oks``, no areas).
 
     Raises:
         PosefabricError: something does not fit; DataError: the annotation file cannot be read.
