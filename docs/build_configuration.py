@@ -81,7 +81,8 @@ MEANINGS = {
     "data.train_images": "folder of its pictures",
     "data.val_annotations": "COCO keypoint JSON (MPII: its JSON) to choose by",
     "data.val_images": "folder of its pictures",
-    "data.test_annotations": "COCO keypoint JSON (MPII: its JSON or .mat) for final numbers; may lack keypoints",
+    "data.test_annotations": "COCO keypoint JSON (MPII: its JSON or .mat) for final numbers; may "
+    "lack keypoints",
     "data.test_images": "folder of its pictures",
     "data.box_score_threshold": "detections below this score are left out",
     "data.on_bad_image": "an unreadable picture ends the run, or is left out, counted and reported",

@@ -48,7 +48,7 @@ def write_submission(
     check_submission(dataset, path)
     if dataset.source_path is None:
         results = coco_results(dataset, predictions, **options)
-        write_coco_results(results, path)
+        write_coco_results(results, Path(path))
         return {"persons": len(results), "of": len(dataset.persons)}
     content = BytesIO()
     savemat(content, {"pred": mpii_struct(dataset, predictions)}, oned_as="row")
