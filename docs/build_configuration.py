@@ -17,6 +17,7 @@ from posefabric.config import (
     Config,
     DataConfig,
     DeriveConfig,
+    EvaluationConfig,
     ModelConfig,
     OptimConfig,
     SearchConfig,
@@ -65,6 +66,7 @@ SECTIONS: tuple[tuple[str, str, type[BaseModel], type[BaseModel] | None], ...] =
     ("search and finetune", "", OptimConfig, None),
     ("search", "search.", SearchConfig, OptimConfig),
     ("derive", "derive.", DeriveConfig, None),
+    ("evaluation", "evaluation.", EvaluationConfig, None),
 )
 
 # What a field's own description in config.py leaves to say; a test wants one or the other.
@@ -72,14 +74,16 @@ MEANINGS = {
     "name": "shown in reports",
     "seed": "of the weights, the order of the persons, the augmentation and random architectures",
     "threads": "threads of torch on a CPU; none: torch's choice",
-    "data.format": "annotations and pictures on disk, or synthetic people made on the fly",
+    "data.format": "COCO or MPII annotations and pictures on disk, or synthetic people made "
+    "on the fly",
     "data.root": "folder of the data set, the start of the paths below",
     "data.skeleton": "a shipped name or a YAML file ([data.md](data.md))",
-    "data.train_annotations": "COCO keypoint JSON to learn from",
+    "data.train_annotations": "COCO keypoint JSON (MPII: its JSON or .mat) to learn from",
     "data.train_images": "folder of its pictures",
-    "data.val_annotations": "COCO keypoint JSON to choose by",
+    "data.val_annotations": "COCO keypoint JSON (MPII: its JSON) to choose by",
     "data.val_images": "folder of its pictures",
-    "data.test_annotations": "COCO keypoint JSON for final numbers",
+    "data.test_annotations": "COCO keypoint JSON (MPII: its JSON or .mat) for final numbers; may "
+    "lack keypoints",
     "data.test_images": "folder of its pictures",
     "data.box_score_threshold": "detections below this score are left out",
     "data.on_bad_image": "an unreadable picture ends the run, or is left out, counted and reported",

@@ -141,24 +141,41 @@ def evaluate(
     which: Which = "auto",
     split: Literal["train", "val", "test"] = "val",
     no_flip: bool = False,
+    submission: Path | None = None,
 ) -> None:
-    """Evaluate a run's network: PCK, AP and AR by joint and part.
+    """Evaluate a run's network: PCK, PCKh, AP and AR by joint and part.
 
     Boxes come from the ground truth, or from the detections file of data.boxes.
+
+    Parameters
+    ----------
+    submission
+        Also write the predictions as a test server takes them: a .json for COCO, a .mat for
+        MPII. The split may then have no keypoints.
     """
     from posefabric.config import with_overrides
     from posefabric.data.pipeline import open_dataset
     from posefabric.deploy.run_report import shipped_network
     from posefabric.evaluate.profile import profile
+    from posefabric.evaluate.submission import check_submission
     from posefabric.run import RunFolder
     from posefabric.train.phase import evaluate as run_evaluate
 
     chosen = RunFolder.open(run).resolve(which)
     say(f"evaluating {chosen.describe()}")
     config = with_overrides(chosen.config, overrides)
-    dataset = open_dataset(config.data, split, boxes=config.data.boxes)
+    dataset = open_dataset(config.data, split, boxes=config.data.boxes, evaluating=True)
+    if submission is not None:
+        check_submission(dataset, submission)
     network = shipped_network(chosen)
-    result = run_evaluate(network, config, dataset, flip=not no_flip, progress=counter("persons"))
+    result = run_evaluate(
+        network,
+        config,
+        dataset,
+        flip=False if no_flip else None,
+        progress=counter("persons"),
+        submission=submission,
+    )
     result["profile"] = profile(network, config.data.input_wh)
     print_table(result)
     cost = result["profile"]
@@ -168,6 +185,9 @@ def evaluate(
     )
     path = chosen.write_json(f"evaluation-{split}.json", result)
     say(f"written: {path}")
+    if submission is not None:
+        facts = ", ".join(f"{key} {value}" for key, value in result["submission"].items())
+        say(f"written: {submission} ({facts})")
 
 
 @app.command

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from posefabric.structures import PosefabricError
 
@@ -25,7 +32,7 @@ class DataConfig(_Section):
     File names are relative to ``root``, which comes from the command line.
     """
 
-    format: Literal["coco", "synthetic"] = "coco"
+    format: Literal["coco", "mpii", "synthetic"] = "coco"
     root: str | None = None
     skeleton: str = "coco17"
     train_annotations: str = "annotations/train.json"
@@ -38,6 +45,9 @@ class DataConfig(_Section):
         default=None, description="detections JSON for evaluation; none: ground truth"
     )
     box_score_threshold: float = Field(default=0.0, ge=0, le=1)
+    headboxes: str | None = Field(
+        default=None, description="head boxes (.npz or .mat) of the validation file, for PCKh"
+    )
     on_bad_image: Literal["error", "skip"] = "error"
     synthetic_train: int = Field(default=2000, ge=1)
     synthetic_val: int = Field(default=300, ge=1)
@@ -52,6 +62,38 @@ class DataConfig(_Section):
     )
     sigma: float | None = Field(
         default=None, gt=0, description="heatmap pixels; none: by input height"
+    )
+    grow_boxes: Literal["never", "train", "everywhere"] | None = Field(
+        default=None,
+        description="where ground-truth boxes grow to cover their keypoints + 5 px (everywhere "
+        "leaks labels into evaluation); none: by preset",
+    )
+    box_padding: float = Field(default=1.25, gt=0, le=4, description="factor on a box's sides")
+    warp: Literal["biased", "unbiased"] | None = Field(
+        default=None, description="box to input: W pixels or W - 1; none: by preset"
+    )
+    stride: Literal["biased", "unbiased"] | None = Field(
+        default=None, description="input to heatmap: W / w or (W - 1) / (w - 1); none: by preset"
+    )
+    target: Literal["nearest", "subpixel", "filtered"] | None = Field(
+        default=None,
+        description="Gaussian on the nearest cell, between cells, or a filtered pixel; none: by "
+        "preset",
+    )
+    outside_weight: float = Field(
+        default=0.0, ge=0, description="of annotated keypoints outside the map (loss=mse only)"
+    )
+    decode: Literal["quarter", "dark", "udp-dark"] | None = Field(
+        default=None, description="sub-pixel refinement; none: by preset"
+    )
+    decode_offset: float | None = Field(
+        default=None, description="input pixels added when decoding; none: by preset"
+    )
+    missing_coordinate: float | None = Field(
+        default=None, description="x and y where a map's maximum is 0 or less; none: by preset"
+    )
+    flip_shift: bool | None = Field(
+        default=None, description="flip test moves mirrored maps by one pixel; none: by preset"
     )
     workers: int = Field(default=1, ge=0)
     cache: bool = Field(
@@ -69,6 +111,11 @@ class DataConfig(_Section):
 class AugmentConfig(_Section):
     """Augmentation ranges; the transforms are drawn anew for every person and epoch."""
 
+    preset: Literal["plain", "coco", "mpii", "posenfs"] = Field(
+        default="plain",
+        description="fills what is not given: the ranges of the HRNet family for a data set, of "
+        "the released code, or the defaults here",
+    )
     scale: float = Field(
         default=0.3, ge=0, lt=1, description="zoom factor in 1 - scale .. 1 + scale"
     )
@@ -82,6 +129,21 @@ class AugmentConfig(_Section):
     colour: float = Field(
         default=0.2, ge=0, le=1, description="brightness, contrast and channel gain"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict):
+            return tree
+        return {**AUGMENTATIONS.get(str(tree.get("preset")), {}), **tree}
+
+
+# CONVENTIONS: augmentation. None of them changes colours.
+AUGMENTATIONS: dict[str, dict[str, float]] = {
+    "coco": {"scale": 0.35, "rotation": 45.0, "half_body": 0.3, "colour": 0.0},
+    "mpii": {"scale": 0.25, "rotation": 30.0, "half_body": 0.0, "colour": 0.0},
+    "posenfs": {"scale": 0.3, "rotation": 45.0, "half_body": 0.0, "colour": 0.0},
+}
 
 
 class ModelConfig(_Section):
@@ -219,6 +281,34 @@ class DeriveConfig(_Section):
     finetune: bool = False
 
 
+class EvaluationConfig(_Section):
+    """How predictions are made final and measured."""
+
+    flip_test: bool = Field(default=True, description="average with the mirrored input")
+    rescore_threshold: float | None = Field(
+        default=0.2,
+        ge=0,
+        lt=1,
+        description="a person's score is its box's times the mean of the keypoint scores above "
+        "it; none: the box's alone",
+    )
+    nms_threshold: float | None = Field(
+        default=0.9, gt=0, le=1, description="OKS above which the worse person goes; none: no NMS"
+    )
+    nms_area: Literal["crop", "box"] | None = Field(
+        default=None, description="OKS-NMS by the padded crop's area or the box's; none: by preset"
+    )
+    pck_threshold: float | None = Field(
+        default=None, gt=0, description="of PCK; none: 0.2 torsos, or 0.05 of the box's side"
+    )
+    pckh_threshold: float = Field(
+        default=0.5, gt=0, description="of MPII's PCKh, in head sizes (0.6 head-box diagonals)"
+    )
+    legacy_pckh: bool = Field(
+        default=True, description="also what much code calls PCKh@0.1, which is 0.11, by its name"
+    )
+
+
 class Config(_Section):
     """Everything an experiment is made of."""
 
@@ -232,6 +322,17 @@ class Config(_Section):
     search: SearchConfig = Field(default_factory=SearchConfig)
     derive: DeriveConfig = Field(default_factory=DeriveConfig)
     finetune: OptimConfig = Field(default_factory=OptimConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+
+    @model_validator(mode="after")
+    def _empty_targets(self) -> Config:
+        first = self.search if self.model.network == "fabric" else self.finetune
+        if self.data.outside_weight and first.loss != "mse":
+            raise ValueError(
+                "data.outside_weight trains empty targets, which cross-entropy has no answer to; "
+                "set search.loss=mse and finetune.loss=mse"
+            )
+        return self
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -280,6 +381,9 @@ def config_from_tree(tree: dict[str, Any], *, origin: str) -> Config:
 def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
     """A copy of a configuration with dotted overrides applied."""
     tree = config.model_dump(mode="json")
+    if any(override.startswith("augment.preset=") for override in overrides):
+        # A run's configuration no longer tells which ranges were chosen and which filled in.
+        tree["augment"] = {}
     for override in overrides:
         _apply_override(tree, override)
     return config_from_tree(tree, origin="overrides")
@@ -333,7 +437,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 def _explain(error: ValidationError, origin: str) -> str:
     lines = []
     for item in error.errors():
-        where = ".".join(str(piece) for piece in item["loc"])
+        where = ".".join(str(piece) for piece in item["loc"]) or "the options together"
         if item["type"] == "extra_forbidden":
             known = _options(item["loc"][:-1])
             hint = _did_you_mean(str(item["loc"][-1]), known)

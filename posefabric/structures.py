@@ -67,6 +67,10 @@ class PersonDataset:
         read_image: ``Person -> (H, W, 3) uint8 RGB``; raises :class:`DataError`.
         box_source: where the boxes come from, said in every result.
         annotations_path: the COCO ground truth for OKS, when there is one.
+        headboxes: (len(persons), 2, 2), corners in image pixels, for PCKh; NaN where missing.
+        ground_truth: False for a test split whose keypoints are not given; nothing is measured.
+        has_areas: False where persons have no area that OKS could be measured in.
+        source_path: the annotation file where it is not COCO's.
     """
 
     name: str
@@ -76,6 +80,10 @@ class PersonDataset:
     box_source: str = "ground truth"
     annotations_path: str | None = None
     skipped: dict[str, int] = field(default_factory=dict)
+    headboxes: np.ndarray | None = None
+    ground_truth: bool = True
+    has_areas: bool = True
+    source_path: str | None = None
 
     def __len__(self) -> int:
         return len(self.persons)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from posefabric.config import AugmentConfig
-from posefabric.data.crop import BOX_PADDING, CropGeometry
+from posefabric.data.crop import CropGeometry
 
 if TYPE_CHECKING:
     from posefabric.skeletons import Skeleton
@@ -71,7 +71,7 @@ def augment_transforms(
     centre, share = _half_body_regions(
         uniform[:, 2:4], keypoints.double(), visibility, config.half_body, geometry, skeleton
     )
-    box = torch.tensor([width, height], dtype=torch.float64) / BOX_PADDING
+    box = torch.tensor([width, height], dtype=torch.float64) / geometry.rules.box_padding
     goal = target + (uniform[:, 4:6] * 2 - 1) * config.translate * box
     factor = 1 / (size * share)
     angle = torch.deg2rad(degrees)

@@ -151,10 +151,11 @@ def _check(
             f"crops of shape {tuple(batch.crops.shape)}: expected (B, {height}, {width}, 3); load "
             "them with the geometry that prepares them (the same input_wh and margin)"
         )
-    if codec.input_wh != geometry.input_wh or codec.preset != geometry.preset:
+    theirs, ours = geometry.rules, codec.rules
+    if codec.input_wh != geometry.input_wh or codec.preset != geometry.preset or theirs != ours:
         raise PosefabricError(
             f"codec ({codec.preset}, {codec.input_wh}) and geometry ({geometry.preset}, "
-            f"{geometry.input_wh}) differ; make both from the same input_wh and preset"
+            f"{geometry.input_wh}) differ; make both from the same input_wh, preset and conventions"
         )
     if augment is not None and generator is None:
         raise PosefabricError(

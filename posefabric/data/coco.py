@@ -19,6 +19,8 @@ from posefabric.data.image import read_image
 from posefabric.skeletons import Skeleton
 from posefabric.structures import DataError, Person, PersonDataset
 
+GROWTH = 5.0  # pixels
+
 
 def read_coco(
     annotations: PathLike,
@@ -27,6 +29,7 @@ def read_coco(
     *,
     boxes: PathLike | None = None,
     box_score_threshold: float = 0.0,
+    grow_boxes: bool = False,
     name: str | None = None,
 ) -> PersonDataset:
     """The persons of a COCO keypoint file, in the order of its pictures, then annotation ids.
@@ -44,23 +47,27 @@ def read_coco(
         boxes: JSON list of detections ``{image_id, category_id, bbox, score}``; persons are then
             these, unclipped, with annotation id -1, keypoints 0 and visibility 0. Pictures that
             the annotations do not list, and categories that are no persons there, are left out.
+            The annotation file may then be one without annotations, as of COCO's test sets.
         box_score_threshold: detections below it are left out.
+        grow_boxes: ground-truth boxes as the paper's released code has them (see grown_boxes).
         name: shown in reports; the annotation file's stem if not given.
 
     Raises DataError that names the file, the annotation and what to change.
     """
     path, folder = Path(annotations), Path(images)
-    tree = load_coco_tree(path)
+    tree = load_coco_tree(path, annotated=boxes is None)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder of pictures (for {path})")
     pictures = _pictures(tree["images"], path, folder)
     categories = person_categories(tree.get("categories"), skeleton, path)
     skipped: Counter[str] = Counter()
     if boxes is None:
-        persons = _annotated(tree["annotations"], pictures, categories, skeleton, skipped, path)
+        persons = _annotated(
+            tree["annotations"], pictures, categories, skeleton, skipped, path, grow_boxes
+        )
         order = {image_id: row for row, image_id in enumerate(pictures)}
         persons.sort(key=lambda person: (order[person.image_id], person.annotation_id))
-        source = "ground truth"
+        source = "ground truth" + (", grown to cover its keypoints" if grow_boxes else "")
     else:
         persons = _detected(
             Path(boxes), box_score_threshold, pictures, categories, skeleton, skipped
@@ -81,6 +88,7 @@ def read_coco(
         box_source=source,
         annotations_path=str(path),
         skipped=dict(skipped),
+        ground_truth=any(entry.get("keypoints") for entry in tree["annotations"]),
     )
 
 
@@ -93,6 +101,23 @@ def clip_box(box_xywh: np.ndarray, picture_wh: np.ndarray) -> np.ndarray:
     start = np.maximum(box_xywh[:, :2], 0)
     end = np.minimum(picture_wh - 1, start + np.maximum(box_xywh[:, 2:] - 1, 0))
     return np.concatenate([start, end - start], axis=1)
+
+
+def grown_boxes(
+    box_xywh: np.ndarray, keypoints: np.ndarray, visibility: np.ndarray, picture_wh: np.ndarray
+) -> np.ndarray:
+    """(N, 4) boxes grown as the paper's released code does, which tells where keypoints are.
+
+    The union of a box (N, 4) and its annotated keypoints (N, K, 2), 5 px larger on every side,
+    cut to whole pixels and to the picture (N, 2).
+    """
+    seen = (visibility > 0)[..., None]
+    lowest = np.where(seen, keypoints, np.inf).min(axis=1)
+    highest = np.where(seen, keypoints, -np.inf).max(axis=1)
+    start = np.trunc(np.minimum(box_xywh[:, :2], lowest) - GROWTH)
+    end = np.trunc(np.maximum(box_xywh[:, :2] + box_xywh[:, 2:], highest) + GROWTH)
+    start = np.maximum(start, 0)
+    return np.concatenate([start, np.minimum(end, picture_wh) - start], axis=1)
 
 
 def _pictures(
@@ -124,6 +149,7 @@ def _annotated(
     skeleton: Skeleton,
     skipped: Counter[str],
     path: Path,
+    grow: bool,
 ) -> list[Person]:
     numbers = 3 * skeleton.num_keypoints
     seen: set[Any] = set()
@@ -157,7 +183,7 @@ def _annotated(
         kept.append(entry)
     if not kept:
         return []
-    return _vectorised(kept, pictures, skeleton, skipped, path)
+    return _vectorised(kept, pictures, skeleton, skipped, path, grow)
 
 
 def _vectorised(
@@ -166,6 +192,7 @@ def _vectorised(
     skeleton: Skeleton,
     skipped: Counter[str],
     path: Path,
+    grow: bool,
 ) -> list[Person]:
     values = _numbers(entries, "keypoints", path).reshape(-1, skeleton.num_keypoints, 3)
     boxes = _numbers(entries, "bbox", path)
@@ -187,6 +214,8 @@ def _vectorised(
         if rows.any():
             skipped[reason] = int(rows.sum())
     box_area = boxes[:, 2] * boxes[:, 3]
+    if grow:
+        clipped = grown_boxes(boxes, keypoints, visibility, sizes)
     clipped = clipped.astype(np.float32)
     persons = []
     for row in np.flatnonzero(~(bare | empty)).tolist():

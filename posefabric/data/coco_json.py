@@ -31,20 +31,31 @@ def read_json(path: PathLike) -> Any:
         raise DataError(f"{path}: not a UTF-8 text at byte {error.start}") from error
 
 
-def load_coco_tree(path: PathLike) -> dict[str, Any]:
-    """The parsed file, checked to have ``images`` and a non-empty list of ``annotations``."""
+def load_coco_tree(path: PathLike, *, annotated: bool = True) -> dict[str, Any]:
+    """The parsed file, checked to have ``images`` and a non-empty list of ``annotations``.
+
+    Without ``annotated`` the annotations may be missing or empty, as in COCO's image_info files.
+    """
     tree = read_json(path)
     if isinstance(tree, list):
         raise DataError(
             f"{path}: a list, as detections and results are; expected COCO annotations: an object "
             "with images, annotations and categories"
         )
+    if not annotated and isinstance(tree, dict):
+        tree.setdefault("annotations", [])
     for key in ("images", "annotations"):
         found = tree.get(key) if isinstance(tree, dict) else None
         if not isinstance(found, list):
-            raise DataError(f"{path}: COCO annotations have a list `{key}`, this file has none")
-        if not found:
-            raise DataError(f"{path}: the list `{key}` is empty; is this the right split?")
+            advice = "; detected boxes can do without: data.boxes=FILE" if key != "images" else ""
+            raise DataError(
+                f"{path}: COCO annotations have a list `{key}`, this file has none{advice}"
+            )
+        if not found and (annotated or key == "images"):
+            raise DataError(
+                f"{path}: the list `{key}` is empty; is this the right split? (Without "
+                "annotations give detected boxes: data.boxes=FILE)"
+            )
         if not all(isinstance(entry, dict) for entry in found):
             raise DataError(f"{path}: every entry of `{key}` must be an object in braces")
     return tree

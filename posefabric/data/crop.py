@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import cv2
 import numpy as np
 
+from posefabric.data.conventions import (
+    BOX_PADDING,
+    PRESETS,
+    Conventions,
+    Preset,
+    choose_conventions,
+)
 from posefabric.structures import DataError, PosefabricError
 
-Preset = Literal["hrnet", "udp", "posenfs"]
-PRESETS: tuple[Preset, ...] = ("hrnet", "udp", "posenfs")
-BOX_PADDING = 1.25
+__all__ = [
+    "BOX_PADDING",
+    "PRESETS",
+    "CropGeometry",
+    "Preset",
+    "compose_affine",
+    "crop_person",
+    "invert_affine",
+    "transform_points",
+]
 
 
 @dataclass(frozen=True)
@@ -29,23 +42,27 @@ class CropGeometry:
         margin: the crop covers this many times the input's sides, at the same resolution, so
             that augmentation on the device can rotate and shrink; 1 in evaluation, where the
             crop is the input. Crop and input are a whole number of pixels apart.
+        conventions: its warp and box_padding are used; none: the preset's.
     """
 
     input_wh: tuple[int, int]
     preset: Preset
     margin: float = 1.0
+    conventions: Conventions | None = None
 
     def __post_init__(self) -> None:
-        if self.preset not in PRESETS:
-            raise PosefabricError(
-                f"preset: expected one of {', '.join(PRESETS)}, got {self.preset}"
-            )
+        choose_conventions(self.preset)
         if min(self.input_wh) < 2:
             raise PosefabricError(
                 f"input_wh: expected sides of 2 pixels or more, got {self.input_wh}"
             )
         if not 1.0 <= self.margin <= 8.0:
             raise PosefabricError(f"margin: expected a factor from 1 to 8, got {self.margin}")
+
+    @property
+    def rules(self) -> Conventions:
+        """The conventions given, or the preset's."""
+        return self.conventions or choose_conventions(self.preset)
 
     @property
     def border_wh(self) -> tuple[int, int]:
@@ -64,7 +81,7 @@ class CropGeometry:
     def input_centre(self) -> np.ndarray:
         """(2,) float64: the input pixel on which the box's centre falls."""
         span = np.asarray(self.input_wh, dtype=np.float64)
-        return (span - 1.0) / 2.0 if self.preset == "udp" else span / 2.0
+        return (span - 1.0) / 2.0 if self.rules.warp == "unbiased" else span / 2.0
 
     @property
     def crop_to_input(self) -> np.ndarray:
@@ -84,7 +101,7 @@ class CropGeometry:
                 "height with positive sides; correct or remove this annotation"
             )
         aspect = self.input_wh[0] / self.input_wh[1]
-        width = max(box[2], box[3] * aspect) * BOX_PADDING
+        width = max(box[2], box[3] * aspect) * self.rules.box_padding
         return box[:2] + box[2:] / 2.0, np.array([width, width / aspect])
 
     def image_to_input(self, box_xywh: np.ndarray) -> np.ndarray:
@@ -97,7 +114,7 @@ class CropGeometry:
 
     def _about_box(self, box_xywh: np.ndarray, target: np.ndarray) -> np.ndarray:
         centre, size = self.region(box_xywh)
-        span = np.asarray(self.input_wh, dtype=np.float64) - (self.preset == "udp")
+        span = np.asarray(self.input_wh, dtype=np.float64) - (self.rules.warp == "unbiased")
         scale = span / size
         offset = target - scale * centre
         return np.array([[scale[0], 0.0, offset[0]], [0.0, scale[1], offset[1]]])

@@ -15,8 +15,10 @@ from posefabric.config import AugmentConfig, Config, DataConfig
 from posefabric.data.batch import Normalisation, prepare_batch
 from posefabric.data.coco import read_coco
 from posefabric.data.codec import Codec, default_sigma
+from posefabric.data.conventions import Conventions, choose_conventions
 from posefabric.data.crop import CropGeometry
 from posefabric.data.loaders import CropLoader, split_by_image
+from posefabric.data.mpii import read_mpii
 from posefabric.data.synthetic import synthetic_people
 from posefabric.skeletons import Skeleton, load_skeleton
 from posefabric.structures import CropBatch, PersonDataset, PoseBatch, PosefabricError
@@ -25,9 +27,14 @@ Split = Literal["train", "val", "test"]
 TRAINING_MARGIN = 1.5
 
 
-def open_dataset(config: DataConfig, split: Split, *, boxes: str | None = None) -> PersonDataset:
+def open_dataset(
+    config: DataConfig, split: Split, *, boxes: str | None = None, evaluating: bool = False
+) -> PersonDataset:
     """The persons of one split. ``boxes``: a detections file instead of ground-truth boxes,
     relative to the working folder or to ``data.root``.
+
+    ``evaluating``: the training split is there to be measured, not to be learned from, and
+    keeps its boxes as they are (``data.grow_boxes=train``).
 
     Raises PosefabricError when ``data.root`` is missing or has no such split.
     """
@@ -48,18 +55,58 @@ def open_dataset(config: DataConfig, split: Split, *, boxes: str | None = None) 
     annotations = getattr(config, f"{split}_annotations")
     if annotations is None:
         raise PosefabricError(f"data.{split}_annotations is not set; this data set has no {split}")
+    images, name = root / getattr(config, f"{split}_images"), f"{root.name} {split}"
+    if config.format == "mpii":
+        if boxes is not None:
+            raise PosefabricError(
+                f"data.boxes={boxes}: MPII's persons come with centre and scale, which its "
+                "protocol evaluates; leave data.boxes out"
+            )
+        heads = config.headboxes if split == "val" else None
+        return read_mpii(
+            root / annotations,
+            images,
+            skeleton,
+            split=split,
+            headboxes=None if heads is None else _found(Path(heads), root),
+            name=name,
+        )
+    grow = make_conventions(config).grow_boxes
     return read_coco(
         root / annotations,
-        root / getattr(config, f"{split}_images"),
+        images,
         skeleton,
         boxes=None if boxes is None else _found(Path(boxes), root),
         box_score_threshold=config.box_score_threshold,
-        name=f"{root.name} {split}",
+        grow_boxes=grow == "everywhere" or (grow == split and not evaluating),
+        name=name,
     )
 
 
 def _found(path: Path, root: Path) -> Path:
     return root / path if not path.exists() and (root / path).exists() else path
+
+
+def make_conventions(config: DataConfig) -> Conventions:
+    """The preset's conventions, but for those that an option of their own decides."""
+    return choose_conventions(
+        config.preset,
+        grow_boxes=config.grow_boxes,
+        box_padding=config.box_padding,
+        warp=config.warp,
+        stride=config.stride,
+        target=config.target,
+        outside_weight=config.outside_weight,
+        decode=config.decode,
+        decode_offset=config.decode_offset,
+        missing_coordinate=config.missing_coordinate,
+        flip_shift=config.flip_shift,
+    )
+
+
+def make_geometry(config: DataConfig, margin: float = 1.0) -> CropGeometry:
+    """How the options make an input of a box; ``margin`` as in CropGeometry."""
+    return CropGeometry(config.input_wh, config.preset, margin, make_conventions(config))
 
 
 def make_codec(config: DataConfig) -> Codec:
@@ -70,6 +117,7 @@ def make_codec(config: DataConfig) -> Codec:
         input_wh=config.input_wh,
         heatmap_wh=(width // 4, height // 4),
         sigma=default_sigma(height) if config.sigma is None else config.sigma,
+        conventions=make_conventions(config),
     )
 
 
@@ -100,9 +148,7 @@ class TrainingData:
     ) -> TrainingData:
         """``rows``: the persons of the data set to use; none: all."""
         dataset = open_dataset(config.data, "train") if dataset is None else dataset
-        geometry = CropGeometry(
-            input_wh=config.data.input_wh, preset=config.data.preset, margin=TRAINING_MARGIN
-        )
+        geometry = make_geometry(config.data, TRAINING_MARGIN)
         loader = CropLoader(
             dataset,
             geometry,

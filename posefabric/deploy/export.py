@@ -10,6 +10,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from posefabric import __version__
 from posefabric.config import Config
 from posefabric.data.batch import Normalisation
 from posefabric.data.codec import Codec
-from posefabric.data.crop import BOX_PADDING
 from posefabric.data.pipeline import make_codec
 from posefabric.deploy.onnx_predictor import EXPORT_VERSION
 from posefabric.derive.fold import deployable
@@ -40,8 +40,9 @@ BATCHES = (1, 3, 8)
 _CROP_RULE = (
     "Widen the person's box (x, y, width, height) about its centre to the aspect ratio of "
     "input_wh, multiply both sides by box_padding, and warp that region to input_wh by linear "
-    "interpolation on a black ground. hrnet, posenfs: the region spans W x H pixels about "
-    "(W / 2, H / 2); udp: W - 1 x H - 1 about ((W - 1) / 2, (H - 1) / 2). Keypoints go back by "
+    "interpolation on a black ground. warp in conventions says how: biased, the region spans "
+    "W x H pixels about (W / 2, H / 2); unbiased, W - 1 x H - 1 about ((W - 1) / 2, "
+    "(H - 1) / 2). Keypoints go back by "
     "the inverse of that warp."
 )
 
@@ -315,7 +316,8 @@ def _metadata(
             "std": normalisation.std,
             "channel_order": normalisation.channel_order,
         },
-        "box_padding": BOX_PADDING,
+        "box_padding": codec.rules.box_padding,
         "box_to_crop": _CROP_RULE,
-        "flip_shift": 1 if codec.preset == "hrnet" else 0,
+        "flip_shift": int(codec.rules.flip_shift),
+        "conventions": asdict(codec.rules),
     }

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from posefabric.data.crop import Preset
+from posefabric.data.conventions import Conventions, Preset, choose_conventions
 
 # The same numbers as in data.codec, which cannot be imported without torch.
-_POSENFS_SHIFT = 0.5
 _DARK_KERNEL = 11
 _DARK_SIGMA = 2.0
+_UDP_RANGE = (1e-3, 50.0)
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,21 @@ class NumpyCodec:
     Attributes:
         preset: hrnet, udp or posenfs.
         stride: input pixels a heatmap pixel, along x and y.
+        conventions: how to decode and to shift in the flip test; none: as the preset.
     """
 
     preset: Preset
     stride: tuple[float, float]
+    conventions: Conventions | None = None
+
+    @property
+    def rules(self) -> Conventions:
+        """The conventions given, or the preset's."""
+        return self.conventions or choose_conventions(self.preset)
 
     def decode(self, heatmaps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Keypoints (B, K, 2) in input pixels and scores (B, K), the maxima, both float32."""
+        rules = self.rules
         maps = np.asarray(heatmaps, dtype=np.float32)
         rows, columns = maps.shape[2:]
         flat = maps.reshape(*maps.shape[:2], -1)
@@ -37,8 +45,17 @@ class NumpyCodec:
         y, x = np.divmod(index, columns)
         interior = (x > 0) & (x < columns - 1) & (y > 0) & (y < rows - 1)
         anchor_x, anchor_y = np.clip(x, 1, columns - 2), np.clip(y, 1, rows - 2)
-        if self.preset == "udp":
-            step = _dark_step(maps, anchor_x, anchor_y)
+        if rules.decode == "udp-dark":
+            logs = np.log(
+                np.clip(_blurred(maps, cv2.BORDER_REFLECT_101), *_UDP_RANGE).astype(np.float64)
+            )
+            logs = np.pad(logs, ((0, 0), (0, 0), (1, 1), (1, 1)), mode="edge")
+            step = _newton_step(_neighbourhood(logs, x + 1, y + 1))
+            interior = np.ones_like(interior)
+        elif rules.decode == "dark":
+            peak = np.maximum(maps.max(axis=(-2, -1), keepdims=True), np.float32(1e-30))
+            around = _neighbourhood(_blurred(maps / peak), anchor_x, anchor_y)
+            step = _newton_step(np.log(np.maximum(around.astype(np.float64), 1e-10)))
         else:
             around = _neighbourhood(maps, anchor_x, anchor_y)
             across = around[..., 1, 2] - around[..., 1, 0]
@@ -46,16 +63,14 @@ class NumpyCodec:
             step = 0.25 * np.sign(np.stack([across, down], axis=-1))
         cells = np.stack([x, y], axis=-1) + np.where(interior[..., None], step, 0.0)
         keypoints = cells * np.asarray(self.stride)
-        if self.preset == "posenfs":
-            keypoints = keypoints + _POSENFS_SHIFT
-        missing = -1.0 if self.preset == "udp" else 0.0
-        found = np.where((scores > 0)[..., None], keypoints, missing)
+        keypoints = keypoints + rules.decode_offset
+        found = np.where((scores > 0)[..., None], keypoints, rules.missing_coordinate)
         return found.astype(np.float32), scores
 
     def flip_back(self, heatmaps_of_flipped: np.ndarray, flip_index: np.ndarray) -> np.ndarray:
         """The maps (B, K, h, w) of mirrored inputs in line with the plain ones."""
         maps = heatmaps_of_flipped[:, flip_index, :, ::-1]
-        if self.preset == "hrnet":
+        if self.rules.flip_shift:
             maps = np.concatenate([maps[..., :1], maps[..., :-1]], axis=-1)
         return maps
 
@@ -72,20 +87,21 @@ def _neighbourhood(maps: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray
     ]
 
 
-def _dark_step(maps: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """One Newton step (B, K, 2) on the blurred log-map, as in DARK (Zhang et al., CVPR 2020)."""
-    peak = np.maximum(maps.max(axis=(-2, -1), keepdims=True), np.float32(1e-30))
-    scaled = maps / peak
-    blurred = np.empty_like(scaled)
+def _blurred(maps: np.ndarray, border: int = cv2.BORDER_CONSTANT) -> np.ndarray:
+    """Gaussian blur of (B, K, h, w), kernel 11, zeros outside unless said."""
+    blurred = np.empty_like(maps)
     for place in np.ndindex(*maps.shape[:2]):
         blurred[place] = cv2.GaussianBlur(
-            scaled[place],
+            maps[place],
             (_DARK_KERNEL, _DARK_KERNEL),
             _DARK_SIGMA,
-            borderType=cv2.BORDER_CONSTANT,
+            borderType=border,
         )
-    around = _neighbourhood(blurred, x, y).astype(np.float64)
-    log = np.log(np.maximum(around, 1e-10))
+    return blurred
+
+
+def _newton_step(log: np.ndarray) -> np.ndarray:
+    """One Newton step (B, K, 2) on log-maps about a cell (B, K, 3, 3), as data.codec takes it."""
     middle = log[..., 1, 1]
     dx = (log[..., 1, 2] - log[..., 1, 0]) / 2
     dy = (log[..., 2, 1] - log[..., 0, 1]) / 2

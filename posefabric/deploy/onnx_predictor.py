@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from posefabric.data.conventions import choose_conventions
 from posefabric.data.crop import CropGeometry
 from posefabric.deploy.numpy_codec import NumpyCodec
 from posefabric.deploy.persons import Boxes, Pictures, PosePrediction, predict_persons
@@ -61,8 +62,11 @@ class OnnxPoseEstimator:
         self.metadata = _read_metadata(self._session, self.path)
         heatmap = self.metadata["heatmap"]
         width, height = self.metadata["input_wh"]
-        self.geometry = CropGeometry(input_wh=(width, height), preset=self.metadata["preset"])
-        self.codec = NumpyCodec(preset=self.metadata["preset"], stride=tuple(heatmap["stride"]))
+        preset = self.metadata["preset"]
+        # Files from before single conventions could be chosen tell the preset alone.
+        rules = choose_conventions(preset, **self.metadata.get("conventions", {}))
+        self.geometry = CropGeometry((width, height), preset, conventions=rules)
+        self.codec = NumpyCodec(preset, tuple(heatmap["stride"]), conventions=rules)
         self.decodes = "keypoints" in [output.name for output in self._session.get_outputs()]
         names = self.metadata["skeleton"]["keypoints"]
         self._flip_index = np.arange(len(names))

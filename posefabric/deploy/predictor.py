@@ -48,7 +48,7 @@ class PoseEstimator:
         self.device = torch.device(device)
         self.network: Any = network.to(self.device).eval()
         self.skeleton = skeleton
-        self.geometry = CropGeometry(input_wh=codec.input_wh, preset=codec.preset)
+        self.geometry = CropGeometry(codec.input_wh, codec.preset, conventions=codec.conventions)
         self.codec = codec
         self.normalisation = normalisation
         self.batch_size = batch_size

@@ -83,7 +83,8 @@ def _measures(networks: Networks) -> list[_Measure]:
     add(label, [pck.get("PCK") for pck in pcks], percent, is_tile=True)
     add("limbs " + label, [pck.get("limbs") for pck in pcks], percent)
     heads = [_evaluated(network, "pckh") for network in networks.values()]
-    for key, label in (("Mean", "PCKh@0.5"), ("Mean@0.1", "PCKh@0.1")):
+    share = next((head["threshold"] for head in heads if "threshold" in head), 0.5)
+    for key, label in (("Mean", f"PCKh@{share:g}"), ("Mean@0.1", "PCKh@0.1")):
         shares = [None if head.get(key) is None else head[key] / 100 for head in heads]
         add(label, shares, percent, is_tile=key == "Mean")
     results = [_evaluated(network, "oks") for network in networks.values()]

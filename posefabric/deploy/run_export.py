@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from posefabric.data.crop import CropGeometry, crop_person
-from posefabric.data.pipeline import open_dataset
+from posefabric.data.crop import crop_person
+from posefabric.data.pipeline import make_geometry, open_dataset
 from posefabric.deploy.export import export_onnx
 from posefabric.deploy.run_report import shipped_network
 from posefabric.run import RunFolder
@@ -43,7 +43,7 @@ def _validation_crops(run: RunFolder) -> np.ndarray | None:
     if config.data.format != "synthetic" and config.data.root is None:
         return None
     dataset = open_dataset(config.data, "val")
-    geometry = CropGeometry(input_wh=config.data.input_wh, preset=config.data.preset)
+    geometry = make_geometry(config.data)
     crops = []
     for person in dataset.persons:
         try:

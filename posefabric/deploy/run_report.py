@@ -10,8 +10,7 @@ import numpy as np
 from rich.table import Table
 
 from posefabric.config import Config
-from posefabric.data.crop import CropGeometry
-from posefabric.data.pipeline import make_codec, open_dataset
+from posefabric.data.pipeline import make_codec, make_geometry, open_dataset
 from posefabric.deploy.draw import prediction_sheet, save_png
 from posefabric.deploy.ranking import rank_rows
 from posefabric.deploy.report import write_report
@@ -123,7 +122,7 @@ def predict(network: PoseNetwork, config: Config, dataset: PersonDataset) -> Pre
     return predict_dataset(
         network,
         dataset,
-        geometry=CropGeometry(input_wh=config.data.input_wh, preset=config.data.preset),
+        geometry=make_geometry(config.data),
         codec=make_codec(config.data),
         normalisation=network.normalisation,
         on_bad_image="skip",

@@ -18,7 +18,7 @@ def read_ground_truth(dataset: PersonDataset) -> dict[str, Any]:
     Raises DataError when the file cannot be read, and when there is neither.
     """
     if dataset.annotations_path is not None:
-        tree = load_coco_tree(dataset.annotations_path)
+        tree = load_coco_tree(dataset.annotations_path, annotated=dataset.ground_truth)
         ids = sorted({annotation.get("category_id", 1) for annotation in tree["annotations"]})
         tree.setdefault("categories", [{"id": number, "name": "person"} for number in ids])
         return tree

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from posefabric.evaluate.ground_truth import (
 )
 from posefabric.structures import PersonDataset, PosefabricError, Predictions
 
+NmsArea = Literal["crop", "box"]
 METRICS = ("AP", "AP50", "AP75", "AP(M)", "AP(L)", "AR", "AR50", "AR75", "AR(M)", "AR(L)")
 
 
@@ -73,7 +74,9 @@ def oks_nms(
     return np.asarray(kept, dtype=np.int64)
 
 
-def crop_area(box_xywh: np.ndarray, input_wh: tuple[int, int] | None) -> float:
+def crop_area(
+    box_xywh: np.ndarray, input_wh: tuple[int, int] | None, padding: float = BOX_PADDING
+) -> float:
     """Square pixels of a person's crop: the box widened to the input's shape, then padded.
 
     Without ``input_wh`` the box keeps its own shape.
@@ -82,11 +85,16 @@ def crop_area(box_xywh: np.ndarray, input_wh: tuple[int, int] | None) -> float:
     if input_wh is not None:
         aspect = input_wh[0] / input_wh[1]
         width, height = max(width, height * aspect), max(height, width / aspect)
-    return width * height * BOX_PADDING**2
+    return width * height * padding**2
 
 
-def rescored(box_score: float, scores: np.ndarray, threshold: float = 0.2) -> float:
-    """The person's score: box score x mean of the keypoint scores above ``threshold``, or 0."""
+def rescored(box_score: float, scores: np.ndarray, threshold: float | None = 0.2) -> float:
+    """The person's score: box score x mean of the keypoint scores above ``threshold``, or 0.
+
+    Without a threshold it is the box score.
+    """
+    if threshold is None:
+        return float(box_score)
     sure = np.asarray(scores, dtype=np.float64)
     sure = sure[sure > threshold]
     return float(box_score) * float(sure.mean()) if len(sure) else 0.0
@@ -98,7 +106,9 @@ def coco_results(
     *,
     input_wh: tuple[int, int] | None = None,
     nms_threshold: float | None = 0.9,
-    score_threshold: float = 0.2,
+    nms_area: NmsArea = "crop",
+    box_padding: float = BOX_PADDING,
+    score_threshold: float | None = 0.2,
     sigmas: np.ndarray | None = None,
 ) -> list[dict[str, Any]]:
     """Predictions in the COCO keypoint results format, rescored and after OKS-NMS.
@@ -107,7 +117,9 @@ def coco_results(
         dataset, predictions: ``predictions.index`` points into ``dataset.persons``.
         input_wh: the network's input, whose shape the crop's area follows (see crop_area).
         nms_threshold: OKS above which the worse of two persons goes; none: no NMS.
-        score_threshold: keypoint scores above it count in the person's score.
+        nms_area: the NMS measures OKS in the area of the padded ``crop`` or of the ``box``.
+        box_padding: factor on the box's sides that makes the crop.
+        score_threshold: keypoint scores above it count in the person's score (see rescored).
         sigmas: (K,) OKS constants of the NMS; none: the skeleton's.
 
     Returns:
@@ -125,6 +137,8 @@ def coco_results(
         ground_truth=read_ground_truth(dataset),
         input_wh=input_wh,
         nms_threshold=nms_threshold,
+        nms_area=nms_area,
+        box_padding=box_padding,
         score_threshold=score_threshold,
         sigmas=_sigmas(dataset, sigmas),
     )
@@ -144,7 +158,9 @@ def oks_evaluate(
     *,
     input_wh: tuple[int, int] | None = None,
     nms_threshold: float | None = 0.9,
-    score_threshold: float = 0.2,
+    nms_area: NmsArea = "crop",
+    box_padding: float = BOX_PADDING,
+    score_threshold: float | None = 0.2,
     sigmas: np.ndarray | None = None,
     image_ids: Sequence[int] | None = None,
 ) -> dict[str, Any]:
@@ -164,7 +180,7 @@ def oks_evaluate(
         AP, AP50, AP75, AP(M), AP(L), AR, AR50, AR75, AR(M), AR(L) (fractions; -1 where the
         ground truth has nothing, as pycocotools says it), persons, results (after NMS),
         not_finite (persons predicted with NaN or infinity: kept with score 0), images,
-        images_in_file, sigmas_source, box_source, nms_threshold, score_threshold; all plain
+        images_in_file, sigmas_source, box_source, nms_threshold, nms_area, score_threshold; plain
         Python values. ``filled`` counts annotation fields the file lacks: ``area`` is then the
         box's, ``num_keypoints`` what is annotated.
 
@@ -183,6 +199,8 @@ def oks_evaluate(
         ground_truth=ground_truth,
         input_wh=input_wh,
         nms_threshold=nms_threshold,
+        nms_area=nms_area,
+        box_padding=box_padding,
         score_threshold=score_threshold,
         sigmas=constants,
     )
@@ -209,6 +227,7 @@ def oks_evaluate(
         sigmas_source="given" if sigmas is not None else dataset.skeleton.sigmas_source,
         box_source=dataset.box_source,
         nms_threshold=nms_threshold,
+        nms_area=nms_area,
         score_threshold=score_threshold,
         filled=filled,
     )
@@ -222,7 +241,9 @@ def _results(
     ground_truth: dict[str, Any],
     input_wh: tuple[int, int] | None,
     nms_threshold: float | None,
-    score_threshold: float,
+    nms_area: NmsArea,
+    box_padding: float,
+    score_threshold: float | None,
     sigmas: np.ndarray,
 ) -> list[dict[str, Any]]:
     _check(dataset, predictions)
@@ -239,7 +260,9 @@ def _results(
     kept = np.arange(len(persons))
     if nms_threshold is not None:
         images = np.asarray([person.image_id for person in persons], dtype=np.int64)
-        areas = np.asarray([crop_area(person.box_xywh, input_wh) for person in persons])
+        # Without padding, and in its own shape, a crop is the box.
+        shape, padding = (input_wh, box_padding) if nms_area == "crop" else (None, 1.0)
+        areas = np.asarray([crop_area(person.box_xywh, shape, padding) for person in persons])
         pieces = [np.zeros(0, dtype=np.int64)]
         for rows in _groups(images):
             best = oks_nms(keypoints[rows], scores[rows], areas[rows], sigmas, nms_threshold)

@@ -38,6 +38,7 @@ def mpii_pckh(
     visible: np.ndarray,
     headboxes: np.ndarray,
     *,
+    threshold: float = 0.5,
     legacy: bool = False,
 ) -> dict[str, float | None]:
     """PCKh of MPII in percent, a joint being found within 0.5 head sizes (0.6 x head diagonal).
@@ -46,6 +47,7 @@ def mpii_pckh(
         predictions, joints: (N, 16, 2) in one pixel coordinate system, MPII's own joint order.
         visible: (N, 16), non-zero where annotated.
         headboxes: (N, 2, 2), two opposite corners in the same coordinates.
+        threshold: of all but the means at 0.1, in head sizes.
         legacy: adds ``Mean@0.1 legacy``, which takes index 11 of a 0.01 grid, that is 0.11,
             as much published code does under the name PCKh@0.1.
 
@@ -57,6 +59,8 @@ def mpii_pckh(
     Raises:
         PosefabricError: shapes differ, or a head box has no size.
     """
+    if not threshold > 0:
+        raise PosefabricError(f"threshold: expected a share above 0, got {threshold}")
     predictions, joints, annotated = _checked(predictions, joints, visible, num_keypoints=16)
     headboxes = np.asarray(headboxes, dtype=np.float64)
     if headboxes.shape != (len(joints), 2, 2):
@@ -74,7 +78,7 @@ def mpii_pckh(
     distances = _distances(predictions, joints) / head_sizes[:, None]
     counted = annotated.copy()
     counted[:, _MPII_LEFT_OUT] = False
-    found = (distances <= 0.5) & annotated
+    found = (distances <= threshold) & annotated
     result: dict[str, float | None] = {}
     for name, columns in _MPII_GROUPS.items():
         shares = [_percent(found[:, column], annotated[:, column]) for column in columns]

@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +19,7 @@ from posefabric.data.crop import CropGeometry
 from posefabric.data.loaders import CropLoader, OnBadImage
 from posefabric.evaluate.measures import evaluate_predictions, table
 from posefabric.evaluate.oks import coco_results
+from posefabric.evaluate.submission import COCO_OPTIONS, write_submission
 from posefabric.structures import PersonDataset, PosefabricError, Predictions
 
 __all__ = [
@@ -142,6 +144,7 @@ def evaluate_network(
     progress: Progress | None = None,
     parts: Mapping[str, Sequence[int]] | None = None,
     keep_predictions: bool = False,
+    submission: Path | None = None,
     **measures: Any,
 ) -> dict[str, Any]:
     """Predict a data set and measure it: :func:`predict_dataset`, :func:`evaluate_predictions`.
@@ -149,12 +152,14 @@ def evaluate_network(
     Args:
         parts: none: the parts of the network's own architecture, where it tells one.
         keep_predictions: adds ``predictions``, a list in the COCO results format before NMS.
+        submission: where to write the predictions for a test server (see write_submission); adds
+            ``submission``, what was written.
         measures: further options of :func:`evaluate_predictions`.
         Others: as in predict_dataset.
 
     Returns:
         The result of evaluate_predictions, and how it was made: flip, precision, preset,
-        input_wh, unreadable (file to reason).
+        conventions (those that are not the preset's), input_wh, unreadable (file to reason).
     """
     unreadable: dict[str, str] = {}
     predictions = predict_dataset(
@@ -174,6 +179,8 @@ def evaluate_network(
     )
     if parts is None:
         parts = network_parts(network)
+    measures.setdefault("nms_area", codec.rules.nms_area)
+    measures.setdefault("box_padding", codec.rules.box_padding)
     result = evaluate_predictions(
         dataset, predictions, input_wh=geometry.input_wh, parts=parts, **measures
     )
@@ -181,11 +188,20 @@ def evaluate_network(
         flip=flip,
         precision=precision,
         preset=codec.preset,
+        conventions=codec.rules.differing(codec.preset),
         input_wh=[int(side) for side in geometry.input_wh],
         unreadable=unreadable,
     )
     if keep_predictions:
         result["predictions"] = coco_results(dataset, predictions, nms_threshold=None)
+    if submission is not None:
+        result["submission"] = write_submission(
+            dataset,
+            predictions,
+            submission,
+            input_wh=geometry.input_wh,
+            **{name: value for name, value in measures.items() if name in COCO_OPTIONS},
+        )
     return result
 
 

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from posefabric.config import Config, OptimConfig
-from posefabric.data.crop import CropGeometry
-from posefabric.data.pipeline import TrainingData, make_codec, open_dataset
+from posefabric.data.pipeline import TrainingData, make_codec, make_geometry, open_dataset
 from posefabric.evaluate.runner import evaluate_network
 from posefabric.models.build import choose_device
 from posefabric.models.network import PoseNetwork
@@ -117,24 +116,35 @@ def evaluate(
     dataset: PersonDataset,
     *,
     device: torch.device | None = None,
-    flip: bool = True,
+    flip: bool | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """All measures of a network on a data set, under the configuration's crop and codec."""
+    """All measures of a network on a data set, under the configuration's options.
+
+    ``flip``: none, as ``evaluation.flip_test``. ``options`` as in evaluate_network.
+    """
     if config.data.channel_order != network.graph.channel_order:
         raise PosefabricError(
             f"data.channel_order={config.data.channel_order}: this network was trained on "
             f"{network.graph.channel_order}; leave the option out"
         )
+    chosen = config.evaluation
+    if chosen.nms_area is not None:
+        options.setdefault("nms_area", chosen.nms_area)
     return evaluate_network(
         network,
         dataset,
-        geometry=CropGeometry(input_wh=config.data.input_wh, preset=config.data.preset),
+        geometry=make_geometry(config.data),
         codec=make_codec(config.data),
         normalisation=network.normalisation,
-        flip=flip,
+        flip=chosen.flip_test if flip is None else flip,
         device=device,
         on_bad_image=config.data.on_bad_image,
+        score_threshold=chosen.rescore_threshold,
+        nms_threshold=chosen.nms_threshold,
+        pck_threshold=chosen.pck_threshold,
+        pckh_threshold=chosen.pckh_threshold,
+        legacy_pckh=chosen.legacy_pckh,
         **options,
     )
 
@@ -146,6 +156,8 @@ def headline(result: dict[str, Any]) -> dict[str, float]:
         numbers["PCK"] = result["pck"]["PCK"]
         if result["pck"].get("limbs") is not None:
             numbers["PCK_limbs"] = result["pck"]["limbs"]
+    if result.get("pckh"):
+        numbers["PCKh"] = result["pckh"]["Mean"]
     if result.get("oks"):
         numbers["AP"] = result["oks"]["AP"]
     return {name: round(float(value), 6) for name, value in numbers.items() if value is not None}

@@ -25,7 +25,7 @@ def points(count: int, low: float) -> torch.Tensor:
     return torch.tensor(low + rng.random((1, count, 2)) * span, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", ["hrnet", "udp"])
 @pytest.mark.parametrize("sigma", [1.0, 1.5, 2.0])
 def test_encode_equals_plain_loops(preset, sigma) -> None:
     codec = make(preset, sigma)
@@ -53,16 +53,20 @@ def test_encode_equals_plain_loops(preset, sigma) -> None:
     assert 0 < int(weights.sum()) < 30
 
 
-@pytest.mark.parametrize("preset", ["hrnet", "posenfs"])
-def test_biased_target_is_a_gaussian_filtered_pixel_with_peak_one(preset) -> None:
-    codec = make(preset, 2.0)
-    heatmaps, _ = codec.encode(torch.tensor([[[49.0, 61.0], [2.0, 3.0]]]), torch.ones(1, 2))
-    for k, (row, column) in enumerate([(15, 12), (1, 1)]):
+@pytest.mark.parametrize(("preset", "cut", "border"), [("hrnet", 3.0, 0), ("posenfs", 4.0, 1)])
+@pytest.mark.parametrize("sigma", [1.0, 2.0])
+def test_biased_target_is_a_gaussian_filtered_pixel(preset, cut, border, sigma) -> None:
+    """For posenfs by the usual filter: four sigmas, the border repeated, scaled to peak 1."""
+    codec = make(preset, sigma)
+    cells = torch.tensor([[[12, 15], [1, 1], [0, 31], [23, 0], [22, 16]]])
+    heatmaps, weights = codec.encode(4.0 * cells + 1, torch.ones(1, 5))
+    mode = ["constant", "nearest"][border]
+    for k, (column, row) in enumerate(cells[0].tolist()):
         pixel = np.zeros((32, 24))
         pixel[row, column] = 1
-        expected = ndimage.gaussian_filter(pixel, 2.0, mode="constant", truncate=3.0)
+        expected = ndimage.gaussian_filter(pixel, sigma, mode=mode, truncate=cut)  # type: ignore[arg-type]
         np.testing.assert_allclose(heatmaps[0, k].numpy(), expected / expected.max(), atol=1e-6)
-    assert heatmaps.amax() == 1
+    assert heatmaps.amax() == 1 and weights.sum() == 5
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -7,13 +7,15 @@ import pytest
 import torch
 
 from posefabric.data.codec import Codec
+from posefabric.data.conventions import choose_conventions
 from posefabric.data.crop import PRESETS
 from posefabric.deploy.numpy_codec import NumpyCodec
 
 
-def both(preset: str) -> tuple[Codec, NumpyCodec]:
-    codec = Codec(preset, (96, 128), (24, 32), 2.0)  # type: ignore[arg-type]
-    return codec, NumpyCodec(preset=codec.preset, stride=codec.stride)
+def both(preset: str, **rules) -> tuple[Codec, NumpyCodec]:
+    chosen = choose_conventions(preset, **rules) if rules else None  # type: ignore[arg-type]
+    codec = Codec(preset, (96, 128), (24, 32), 2.0, chosen)  # type: ignore[arg-type]
+    return codec, NumpyCodec(codec.preset, codec.stride, chosen)
 
 
 def maps_of_many_kinds(codec: Codec) -> torch.Tensor:
@@ -29,20 +31,33 @@ def maps_of_many_kinds(codec: Codec) -> torch.Tensor:
     return maps
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_it_decodes_as_torch_does(preset: str) -> None:
-    codec, ours = both(preset)
+OTHERS = (
+    dict(decode="udp-dark", target="subpixel"),
+    dict(decode="dark", decode_offset=0.25),
+    dict(missing_coordinate=-3.0),
+)
+
+
+@pytest.mark.parametrize(
+    ("preset", "rules"), [*((p, {}) for p in PRESETS), *(("hrnet", rules) for rules in OTHERS)]
+)
+def test_it_decodes_as_torch_does(preset: str, rules: dict) -> None:
+    codec, ours = both(preset, **rules)
     maps = maps_of_many_kinds(codec)
     expected, expected_scores = codec.decode(maps)
     found, scores = ours.decode(maps.numpy())
+    if rules:
+        assert not np.allclose(found, both(preset)[1].decode(maps.numpy())[0], atol=0.01)
     assert found.dtype == scores.dtype == np.float32
     np.testing.assert_allclose(found, expected.numpy(), atol=1e-4)
     np.testing.assert_array_equal(scores, expected_scores.numpy())
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_it_flips_back_as_torch_does(preset: str) -> None:
-    codec, ours = both(preset)
+@pytest.mark.parametrize(
+    ("preset", "rules"), [*((p, {}) for p in PRESETS), ("hrnet", dict(flip_shift=False))]
+)
+def test_it_flips_back_as_torch_does(preset: str, rules: dict) -> None:
+    codec, ours = both(preset, **rules)
     maps = torch.randn(2, 4, 32, 24, generator=torch.Generator().manual_seed(1))
     order = np.array([2, 1, 0, 3])
     expected = codec.flip_back(maps, order).numpy()

@@ -78,6 +78,30 @@ def test_batches_of_any_size_are_one(files) -> None:
     assert OnnxPoseEstimator(files["hrnet", True]).predict([]) == []
 
 
+@pytest.mark.slow
+def test_conventions_chosen_apart_go_with_the_file(tmp_path: Path) -> None:
+    """Another crop, decoder and flip shift than the preset's, all found in the file."""
+    config = tiny_config()
+    for name, value in (("box_padding", 1.5), ("decode", "dark"), ("flip_shift", False)):
+        setattr(config.data, name, value)
+    export_onnx(TinyNetwork(), tmp_path / "x.onnx", config=config, skeleton=FOUR)
+    estimator = OnnxPoseEstimator(tmp_path / "x.onnx")
+    changed = {"box_padding": 1.5, "decode": "dark", "flip_shift": False}
+    assert estimator.codec.rules.differing("hrnet") == changed
+    expected = PoseEstimator(
+        network=TinyNetwork(),
+        skeleton=FOUR,
+        codec=make_codec(config.data),
+        normalisation=TinyNetwork.normalisation,
+    )
+    pictures = [blobs(seed, 90, 70) for seed in range(3)]
+    for flip in (False, True):
+        found = estimator.predict(pictures, flip=flip)
+        assert_same(found, expected.predict(pictures, flip=flip))
+        other = torch_estimator("hrnet").predict(pictures, flip=flip)
+        assert np.abs(found[0].keypoints - other[0].keypoints).max() > 0.1
+
+
 def test_it_carries_its_skeleton_and_says_what_it_is(files) -> None:
     estimator = OnnxPoseEstimator(files["udp", True], providers=["CPUExecutionProvider"])
     skeleton = estimator.skeleton

@@ -259,6 +259,32 @@ def test_crop_area_and_rescoring() -> None:
     assert crop_area(np.array([0, 0, 90, 30]), (192, 256)) == 90 * 120 * 1.5625
     assert rescored(0.5, np.array([0.2, 0.6, 0.8, 0.1])) == pytest.approx(0.35)
     assert rescored(0.5, np.array([0.2, 0.1])) == 0.0
+    assert rescored(0.5, np.array([0.2, 0.6, 0.8, 0.1]), 0.7) == pytest.approx(0.4)
+    assert rescored(0.5, np.array([0.2, 0.6, 0.8, 0.1]), None) == 0.5
+
+
+def test_options_of_the_nms_decide_who_stays() -> None:
+    """A second person 4 px beside the first: one in a large area, two in a small one."""
+    dataset, predictions = _two_people()
+    beside = predictions.keypoints[:1] + np.array([4.0, 0.0], np.float32)
+    both = np.concatenate([predictions.keypoints[:1], beside])
+    doubled = Predictions(both, predictions.scores, predictions.index)
+    level = {
+        area: float(similarity(both[:1], both[1:], np.array([[area]]), COCO17.sigmas)[0, 0])
+        for area in (100.0**2, 125.0**2, 150.0**2)
+    }
+    small, usual, large = level.values()
+    assert small < usual < large
+
+    def count(threshold: float | None, **options: Any) -> int:
+        return len(coco_results(dataset, doubled, nms_threshold=threshold, **options))
+
+    assert (count(None), count(usual - 1e-6), count(usual + 1e-6)) == (2, 1, 2)
+    assert count((small + usual) / 2) == 1
+    assert count((small + usual) / 2, nms_area="box") == 2
+    assert count((usual + large) / 2, box_padding=1.5) == 1
+    scores = [row["score"] for row in coco_results(dataset, doubled, score_threshold=None)]
+    assert scores == [1.0]
 
 
 def _two_people() -> tuple[PersonDataset, Predictions]:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+from posefabric.data.coco import read_coco
+from posefabric.evaluate.measures import evaluate_predictions, table
 from posefabric.evaluate.pck import mpii_pckh, pck, pck_box, pck_torso
 from posefabric.skeletons import load_skeleton
-from posefabric.structures import PosefabricError
+from posefabric.structures import PosefabricError, Predictions
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 LSP = load_skeleton("lsp14")
@@ -110,6 +114,29 @@ def test_micro_mean_and_persons_without_torso() -> None:
     assert (result["persons"], result["left_out"], result["joints"]) == (2, 2, 24)
     assert result["PCK"] == 23 / 24
     assert result["per_joint"]["right_ankle"] == {"value": 0.5, "count": 2}
+
+
+def test_lsp_s_protocol_on_lspet(shared: Path) -> None:
+    """PCK@0.2, micro mean; the persons without an annotated torso are left out, and said."""
+    folder = shared / "data" / "lspet"
+    dataset = read_coco(folder / "annotations" / "val.json", folder / "val", LSP)
+    truth = np.stack([person.keypoints for person in dataset.persons])
+    visible = np.stack([person.visibility for person in dataset.persons])
+    torso = np.linalg.norm(truth[:, 9] - truth[:, 2], axis=-1)
+    seen = (visible[:, 9] > 0) & (visible[:, 2] > 0)
+    assert seen.sum() == 704
+    predictions = truth + (0.21 * torso[:, None] * (np.arange(14) == 0))[..., None] * [1.0, 0.0]
+    found = Predictions(predictions, np.ones(truth.shape[:2]), np.arange(len(truth)))
+    result = evaluate_predictions(dataset, found)
+    pck = result["pck"]
+    assert (pck["persons"], pck["left_out"], pck["threshold"]) == (704, 293, 0.2)
+    counted = visible[seen] > 0
+    assert pck["PCK"] == pytest.approx(counted[:, 1:].sum() / counted.sum())
+    assert pck["per_joint"]["right_ankle"]["value"] == 0
+    console = Console(width=120, file=StringIO())
+    console.print(table(result))
+    said = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+    assert "293 persons left out" in said
 
 
 def test_subset_and_parts() -> None:

@@ -288,3 +288,11 @@ def test_search_derive_and_eval(tmp_path: Path, monkeypatch) -> None:
     record = compact.parent.read_json("derivation.json")  # type: ignore[union-attr]
     assert record["differences"]["prune"] < 1e-4 and record["differences"]["fold"] < 1e-4
     assert (run.path / "model.onnx").is_file()
+
+
+def test_a_frozen_stem_is_its_two_convolutions() -> None:
+    backbone = make().backbone.train()
+    backbone.freeze_to_stride_4()
+    resting = {n for n, p in backbone.named_parameters() if not p.requires_grad}
+    assert resting and resting == {n for n, _ in backbone.named_parameters() if "stem" in n}
+    assert not backbone.train().stem[1].training and backbone.reduce.training  # type: ignore[index]

@@ -21,6 +21,7 @@ from posefabric.derive.run_derive import derive, finetune
 from posefabric.models.baselines import Branchnet
 from posefabric.models.build import build_baseline, build_supernet, load_network
 from posefabric.run import RunFolder
+from posefabric.skeletons import load_skeleton
 from posefabric.structures import PosefabricError
 from posefabric.train import loop
 from posefabric.train.from_start import train_from_start
@@ -153,3 +154,25 @@ def test_branchnet_takes_a_random_partition_and_a_frozen_stem() -> None:
     network = build_baseline(make_config(model={**SMALL["hrnet"], "frozen_stem": True}))
     resting = [n for n, p in network.backbone.named_parameters() if not p.requires_grad]
     assert {name.split(".")[1] for name in resting} == {"conv1", "bn1", "conv2", "bn2", "layer1"}
+
+
+def test_branchnet_on_the_papers_backbone_with_parts_of_ones_own() -> None:
+    parts = {"face": ["nose", "left_eye"], "rest": list(load_skeleton("coco17").keypoints[1:])}
+    model = {**SMALL["branchnet"], "backbone": "hrnet_w32_stage3", "weights": "none"}
+    model |= {"parts": parts, "head": "vector3d", "vector_dim": 2}
+    network = build_baseline(make_config(model=model, data=dict(channel_order="bgr"))).eval()
+    assert {part.name: part.keypoints for part in network.graph.parts} == {
+        "face": (0, 1),
+        "rest": tuple(range(1, 17)),
+    }
+    assert network.backbone.channels == (32, 64, 128, 256)
+    assert network.normalisation.channel_order == "bgr"
+    with torch.no_grad():
+        assert network(IMAGES[:1]).shape == (1, 17, 16, 16)
+
+
+def test_a_baselines_own_loss_decides_about_empty_targets() -> None:
+    chosen = dict(data=dict(outside_weight=0.5), model=SMALL["branchnet"])
+    make_config(**chosen, finetune=dict(loss="mse"))
+    with pytest.raises(PosefabricError, match=r"data\.outside_weight"):
+        make_config(**chosen, search=dict(loss="mse"))
