@@ -25,9 +25,14 @@ BACKBONES = {
     "hrnet": "hrnet_w32_stage3",
     "hrnetw32": "hrnet_w32_stage3",
 }
-STRATEGIES = {"sync": "synchronous", "random": "random", "none": "uniform"}
+STRATEGIES = {
+    "sync": "synchronous",
+    "random": "random",
+    "none": "uniform",
+    "first_order_gradient": "first_order",
+    "second_order_gradient": "second_order",
+}
 INPUT_WH = {"coco": (192, 256), "mpii": (256, 256)}
-BOX_PADDING = 1.25
 COCO_FILES = {
     f"{split}_{kind}": text.format(split)
     for split in ("train", "val")
@@ -188,10 +193,8 @@ class _Reader:
         if self.train.get("heatmap_peak_sigma_factor"):
             data["sigma"] = float(self.train["heatmap_peak_sigma_factor"])
         padding = self._get("margin_to_border")
-        if padding is not None and float(padding) != BOX_PADDING:
-            self.notes.append(
-                f"margin_to_border is {padding}; boxes are widened by {BOX_PADDING} all the same"
-            )
+        if padding is not None:
+            data["box_padding"] = float(padding)
         return data
 
     def _input_wh(self, dataset: str) -> list[int]:

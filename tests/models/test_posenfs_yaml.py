@@ -83,7 +83,7 @@ def test_the_whole_recipe_becomes_options(tmp_path: Path) -> None:
     assert search.learning_rate == 0.002 and config.finetune.loss == "mse"
     augment = config.augment
     assert (augment.scale, augment.rotation, augment.flip, augment.colour) == (0.2, 30, 0, 0)
-    assert released.notes == ["margin_to_border is 1.15; boxes are widened by 1.25 all the same"]
+    assert config.data.box_padding == 1.15 and released.notes == []
 
 
 def test_a_flat_specification_will_do(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_other_ways_to_write_it(tmp_path: Path) -> None:
         "keypoints_num": 16,
         "input_size": 320,
         "subnetwork_config": {"parts_num": 1, "cell_config": cells},
-        "train": {"augmentation": False, "arch_search_strategy": "first_order_gradient"},
+        "train": {"augmentation": False, "arch_search_strategy": "evolution"},
     }
     released = read(tmp_path, tree)
     assert released.spec["dataset"] == "mpii"
@@ -114,9 +114,9 @@ def test_other_ways_to_write_it(tmp_path: Path) -> None:
     assert released.spec["cell_config"]["one-shot-search"] is False
     assert released.options["data"]["input_wh"] == [320, 320]
     assert set(released.options["augment"].values()) == {0}
-    assert released.notes == [
-        "arch_search_strategy is first_order_gradient; not set in the run's options"
-    ]
+    assert released.notes == ["arch_search_strategy is evolution; not set in the run's options"]
+    tree["train"]["arch_search_strategy"] = "second_order_gradient"
+    assert read(tmp_path, tree).options["search"]["strategy"] == "second_order"
 
 
 @pytest.mark.parametrize(

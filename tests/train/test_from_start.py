@@ -115,10 +115,10 @@ def test_a_stopped_training_goes_on_exactly(tmp_path: Path, monkeypatch) -> None
     stopped = new_run(tmp_path / "stopped", config)
     step = loop.Trainer._train_step
 
-    def stopping(self: loop.Trainer, batch: Any, number: int) -> Any:
+    def stopping(self: loop.Trainer, batch: Any, number: int, held_out: Any) -> Any:
         if number == 3:
             raise KeyboardInterrupt
-        return step(self, batch, number)
+        return step(self, batch, number, held_out)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(loop.Trainer, "_train_step", stopping)
