@@ -154,7 +154,7 @@ def test_branchnet_sums_a_keypoint_of_two_parts() -> None:
     )
     maps: dict[str, torch.Tensor] = {}
     for part in model.graph.parts:
-        model.parts[part.name].register_forward_hook(
+        model.get_submodule(f"parts.{part.name}").register_forward_hook(
             lambda module, inputs, output, name=part.name: maps.__setitem__(name, output)
         )
     with torch.no_grad():
