@@ -141,7 +141,11 @@ def build_baseline(config: Config, *, pretrained: bool = True) -> BaselineNetwor
     parts = {"all": tuple(range(skeleton.num_keypoints))}
     if model.network == "branchnet":
         parts = choose_parts(skeleton, model.parts, seed=config.seed)
-    width = {"branchnet": model.branch_width, "simple_baseline": model.deconv_width}
+    widths = {
+        "branchnet": model.branch_width,
+        "simple_baseline": model.deconv_width,
+        "hrnet": backbone.channels[0],
+    }
     graph = Baseline(
         network=model.network,
         skeleton=config.data.skeleton,
@@ -149,7 +153,7 @@ def build_baseline(config: Config, *, pretrained: bool = True) -> BaselineNetwor
         input_wh=config.data.input_wh,
         channel_order=config.data.channel_order,
         backbone=Backbone(name=backbone.name, channels=backbone.channels),
-        width=width.get(model.network, backbone.channels[0]),
+        width=widths[model.network],
         blocks=model.branch_blocks if model.network == "branchnet" else 0,
         head=make_head(config),
         parts=tuple(Branch(name=name, keypoints=keypoints) for name, keypoints in parts.items()),

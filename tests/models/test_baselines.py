@@ -155,9 +155,9 @@ def test_branchnet_sums_a_keypoint_of_two_parts() -> None:
     shared = next(
         k for k in range(17) if sum(k in part.keypoints for part in model.graph.parts) == 2
     )
-    maps: dict[str, torch.Tensor] = {}
+    maps: dict[str, Any] = {}
     for part in model.graph.parts:
-        model.parts[part.name].register_forward_hook(
+        model.get_submodule(f"parts.{part.name}").register_forward_hook(
             lambda module, inputs, output, name=part.name: maps.__setitem__(name, output)
         )
     with torch.no_grad():

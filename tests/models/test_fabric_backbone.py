@@ -246,7 +246,6 @@ def test_search_derive_and_eval(tmp_path: Path, monkeypatch) -> None:
         monkeypatch.setattr("sys.argv", ["posefabric", *map(str, words)])
         cli.main()
 
-    monkeypatch.setattr(cli.app, "exit_on_error", False, raising=False)
     options = [
         "data.input_wh=[64,64]",
         "data.synthetic_train=8",
