@@ -15,6 +15,7 @@ from posefabric.cli_data import data_app
 from posefabric.cli_output import counter, print_table, say
 from posefabric.cli_output import show as show_table
 from posefabric.cli_posenfs import import_posenfs, reference
+from posefabric.cli_study import paper
 from posefabric.structures import PosefabricError
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ app = App(
 app.command(data_app)
 app.command(import_posenfs)
 app.command(reference)
+app.command(paper)
 
 Overrides = Annotated[
     tuple[str, ...], Parameter(help="options as section.option=value, e.g. data.root=DIR")

@@ -1,315 +1,48 @@
-"""Typed, validated configuration: defaults, then a YAML file, then dotted overrides."""
+"""Typed, validated configuration: defaults, then YAML files, then dotted overrides."""
 
 from __future__ import annotations
 
 import difflib
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ValidationError, model_validator
 
+from posefabric.options import (
+    AUGMENTATIONS,
+    AugmentConfig,
+    DataConfig,
+    DeriveConfig,
+    EvaluationConfig,
+    ModelConfig,
+    OptimConfig,
+    SearchConfig,
+    Section,
+)
 from posefabric.structures import PosefabricError
 
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True)
-
-
-class DataConfig(_Section):
-    """Which persons, and how a person becomes an input.
-
-    File names are relative to ``root``, which comes from the command line.
-    """
-
-    format: Literal["coco", "mpii", "synthetic"] = "coco"
-    root: str | None = None
-    skeleton: str = "coco17"
-    train_annotations: str = "annotations/train.json"
-    train_images: str = "train"
-    val_annotations: str = "annotations/val.json"
-    val_images: str = "val"
-    test_annotations: str | None = None
-    test_images: str = "test"
-    boxes: str | None = Field(
-        default=None, description="detections JSON for evaluation; none: ground truth"
-    )
-    box_score_threshold: float = Field(default=0.0, ge=0, le=1)
-    headboxes: str | None = Field(
-        default=None, description="head boxes (.npz or .mat) of the validation file, for PCKh"
-    )
-    on_bad_image: Literal["error", "skip"] = "error"
-    synthetic_train: int = Field(default=2000, ge=1)
-    synthetic_val: int = Field(default=300, ge=1)
-    synthetic_seed: int = 0
-    synthetic_turn: float = Field(
-        default=180.0, ge=0, le=180, description="degrees from facing the viewer; 180: any way up"
-    )
-    input_wh: tuple[int, int] = (128, 128)
-    preset: Literal["hrnet", "udp", "posenfs"] = "hrnet"
-    channel_order: Literal["rgb", "bgr"] = Field(
-        default="rgb", description="of what the network sees; bgr only for released checkpoints"
-    )
-    sigma: float | None = Field(
-        default=None, gt=0, description="heatmap pixels; none: by input height"
-    )
-    grow_boxes: Literal["never", "train", "everywhere"] | None = Field(
-        default=None,
-        description="where ground-truth boxes grow to cover their keypoints + 5 px (everywhere "
-        "leaks labels into evaluation); none: by preset",
-    )
-    box_padding: float = Field(default=1.25, gt=0, le=4, description="factor on a box's sides")
-    warp: Literal["biased", "unbiased"] | None = Field(
-        default=None, description="box to input: W pixels or W - 1; none: by preset"
-    )
-    stride: Literal["biased", "unbiased"] | None = Field(
-        default=None, description="input to heatmap: W / w or (W - 1) / (w - 1); none: by preset"
-    )
-    target: Literal["nearest", "subpixel", "filtered"] | None = Field(
-        default=None,
-        description="Gaussian on the nearest cell, between cells, or a filtered pixel; none: by "
-        "preset",
-    )
-    outside_weight: float = Field(
-        default=0.0, ge=0, description="of annotated keypoints outside the map (loss=mse only)"
-    )
-    decode: Literal["quarter", "dark", "udp-dark"] | None = Field(
-        default=None, description="sub-pixel refinement; none: by preset"
-    )
-    decode_offset: float | None = Field(
-        default=None, description="input pixels added when decoding; none: by preset"
-    )
-    missing_coordinate: float | None = Field(
-        default=None, description="x and y where a map's maximum is 0 or less; none: by preset"
-    )
-    flip_shift: bool | None = Field(
-        default=None, description="flip test moves mirrored maps by one pixel; none: by preset"
-    )
-    workers: int = Field(default=1, ge=0)
-    cache: bool = Field(
-        default=True, description="keep decoded uint8 crops in memory after the first epoch"
-    )
-
-    @field_validator("input_wh")
-    @classmethod
-    def _multiple_of_32(cls, value: tuple[int, int]) -> tuple[int, int]:
-        if any(side < 32 or side % 32 for side in value):
-            raise ValueError(f"both sides must be positive multiples of 32, got {value}")
-        return value
+__all__ = [
+    "AUGMENTATIONS",
+    "AugmentConfig",
+    "Config",
+    "DataConfig",
+    "DeriveConfig",
+    "EvaluationConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "SearchConfig",
+    "check_trainable",
+    "config_from_tree",
+    "load_config",
+    "shipped_configs",
+    "with_overrides",
+]
 
 
-class AugmentConfig(_Section):
-    """Augmentation ranges; the transforms are drawn anew for every person and epoch."""
-
-    preset: Literal["plain", "coco", "mpii", "posenfs"] = Field(
-        default="plain",
-        description="fills what is not given: the ranges of the HRNet family for a data set, of "
-        "the released code, or the defaults here",
-    )
-    scale: float = Field(
-        default=0.3, ge=0, lt=1, description="zoom factor in 1 - scale .. 1 + scale"
-    )
-    rotation: float = Field(
-        default=45.0, ge=0, le=180, description="degrees, clipped normal: sigma, cut at 2x"
-    )
-    rotation_probability: float = Field(default=0.6, ge=0, le=1)
-    flip: float = Field(default=0.5, ge=0, le=1)
-    half_body: float = Field(default=0.0, ge=0, le=1)
-    translate: float = Field(default=0.0, ge=0, le=0.5, description="shift, fraction of the box")
-    colour: float = Field(
-        default=0.2, ge=0, le=1, description="brightness, contrast and channel gain"
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill(cls, tree: Any) -> Any:
-        if not isinstance(tree, dict):
-            return tree
-        return {**AUGMENTATIONS.get(str(tree.get("preset")), {}), **tree}
-
-
-# CONVENTIONS: augmentation. None of them changes colours.
-AUGMENTATIONS: dict[str, dict[str, float]] = {
-    "coco": {"scale": 0.35, "rotation": 45.0, "half_body": 0.3, "colour": 0.0},
-    "mpii": {"scale": 0.25, "rotation": 30.0, "half_body": 0.0, "colour": 0.0},
-    "posenfs": {"scale": 0.3, "rotation": 45.0, "half_body": 0.0, "colour": 0.0},
-}
-
-
-class ModelConfig(_Section):
-    """The supernet: one backbone and one fabric for each part (PAPER: cell-based neural fabric).
-
-    Or a baseline, which `posefabric train` trains with the options of ``finetune``.
-    """
-
-    network: Literal["fabric", "branchnet", "simple_baseline", "hrnet"] = Field(
-        default="fabric", description="what is searched, or a baseline that is only trained"
-    )
-    backbone: str = "tf_efficientnet_lite0"
-    weights: str = Field(
-        default="embedded", description="embedded, hub, none, or a local weights file"
-    )
-    parts: int | str | dict[str, tuple[str, ...]] = Field(
-        default=3,
-        description="P, a grouping of the skeleton file; `random:P`, a random partition by `seed` "
-        "(`random`: 3 parts); or part to keypoint names",
-    )
-    channel_factor: int = Field(default=8, ge=1, description="C: a node has 4 C 2**scale channels")
-    depth: int = Field(default=6, ge=1)
-    first_layer: int = Field(default=3, ge=0)
-    hidden_nodes: int = Field(default=1, ge=1, le=4)
-    operations: tuple[str, ...] = ("zero", "skip", "sep_conv_3x3", "dil_conv_3x3")
-    shared_alpha: bool = True
-    faithful: bool = False
-    frozen_stem: bool = Field(
-        default=False, description="freeze the backbone up to stride 4: a third less time a step"
-    )
-    head: Literal["heatmap", "vector", "vector3d"] = "heatmap"
-    vector_dim: int = Field(default=8, ge=1)
-    branch_width: int = Field(default=400, ge=4, description="channels of a Branchnet branch")
-    branch_blocks: int = Field(default=8, ge=0, description="residual blocks of a branch")
-    deconv_width: int = Field(
-        default=256, ge=1, description="channels of SimpleBaseline's deconvolutions"
-    )
-
-    @field_validator("parts")
-    @classmethod
-    def _grouping_or_random(cls, value: Any) -> Any:
-        if isinstance(value, str) and value.isdecimal():
-            return int(value)
-        if isinstance(value, str) and not re.fullmatch(r"random(:[1-9]\d*)?", value):
-            raise ValueError("expected a number of parts, random, or random:P such as random:5")
-        return value
-
-
-class OptimConfig(_Section):
-    """One training phase."""
-
-    epochs: float = Field(
-        default=3.0, gt=0, description="passes over the training persons; may be a fraction"
-    )
-    batch_size: int = Field(default=32, ge=2)
-    learning_rate: float = Field(default=1e-3, gt=0)
-    backbone_factor: float = Field(
-        default=1.0, ge=0, description="learning rate of the backbone, relative"
-    )
-    weight_decay: float = Field(default=0.0, ge=0)
-    schedule: Literal["one_cycle", "steps", "constant"] = "one_cycle"
-    milestones: tuple[float, ...] = Field(
-        default=(0.45, 0.6, 0.75), description="fractions, for steps"
-    )
-    decay: float = Field(default=0.25, gt=0, le=1, description="factor at a milestone")
-    warmup: float = Field(
-        default=0.15, ge=0, lt=1, description="rising share of a one-cycle schedule"
-    )
-    clip_norm: float = Field(default=5.0, gt=0)
-    ema: float = Field(
-        default=0.0, ge=0, lt=1, description="decay of the averaged weights; 0: none"
-    )
-    loss: Literal["cross_entropy", "mse"] = "cross_entropy"
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        default="fp32", description="auto: bf16 where the device computes in it, else fp32"
-    )
-    log_every: int = Field(default=10, ge=1)
-    checkpoint_every: int = Field(default=100, ge=1, description="steps between checkpoints")
-    evaluate_every: float = Field(
-        default=0.0, ge=0, description="epochs between validations; 0: at the end"
-    )
-    max_bad_steps: int = Field(
-        default=10, ge=0, description="skipped non-finite steps before stopping"
-    )
-
-
-class SearchConfig(OptimConfig):
-    """The supernet's training, in which alpha and beta are learned."""
-
-    strategy: Literal["uniform", "random", "synchronous", "first_order", "second_order"] = (
-        "synchronous"
-    )
-    relaxation: Literal["softmax", "sparsemax"] = "softmax"
-    temperature_end: float = Field(
-        default=1.0, gt=0, le=1, description="logits are divided by it at the end"
-    )
-    architecture_learning_rate: float = Field(default=1e-2, gt=0)
-    architecture_start: float = Field(
-        default=0.0, ge=0, lt=1, description="share of the search before alpha and beta move"
-    )
-    architecture_weight_decay: float = Field(
-        default=1e-3, ge=0, description="first and second order: L2, within their Adam"
-    )
-    architecture_share: float = Field(
-        default=0.5,
-        gt=0,
-        lt=1,
-        description="first and second order: share of the training persons that alpha and beta "
-        "learn from, the weights from the others",
-    )
-    unrolled_rate: float | None = Field(
-        default=None, ge=0, description="second order: xi; none: the weights' present rates"
-    )
-    sparsity: float = Field(default=0.0, ge=0, description="final weight of undecided operations")
-    source_sparsity: float = Field(
-        default=0.0, ge=0, description="final weight of undecided sources"
-    )
-    sparsity_start: float = Field(
-        default=0.3, ge=0, lt=1, description="share of the search before it rises"
-    )
-
-
-class DeriveConfig(_Section):
-    """From a mixture to a compact network."""
-
-    threshold: float = Field(
-        default=0.0, ge=0, lt=1, description="drop choices below this; 0: lossless"
-    )
-    operations_kept: int | None = Field(
-        default=None, ge=1, description="most candidates an edge keeps"
-    )
-    sources_kept: int | None = Field(
-        default=None, ge=1, le=3, description="most sources a cell keeps"
-    )
-    finetune: bool = False
-
-
-class EvaluationConfig(_Section):
-    """How predictions are made final and measured."""
-
-    flip_test: bool = Field(default=True, description="average with the mirrored input")
-    rescore_threshold: float | None = Field(
-        default=0.2,
-        ge=0,
-        lt=1,
-        description="a person's score is its box's times the mean of the keypoint scores above "
-        "it; none: the box's alone",
-    )
-    nms_threshold: float | None = Field(
-        default=0.9, gt=0, le=1, description="OKS above which the worse person goes; none: no NMS"
-    )
-    nms_area: Literal["crop", "box"] | None = Field(
-        default=None, description="OKS-NMS by the padded crop's area or the box's; none: by preset"
-    )
-    pck_threshold: float | None = Field(
-        default=None, gt=0, description="of PCK; none: 0.2 torsos, or 0.05 of the box's side"
-    )
-    pckh_threshold: float = Field(
-        default=0.5, gt=0, description="of MPII's PCKh, in head sizes (0.6 head-box diagonals)"
-    )
-    legacy_pckh: bool = Field(
-        default=True, description="also what much code calls PCKh@0.1, which is 0.11, by its name"
-    )
-
-
-class Config(_Section):
+class Config(Section):
     """Everything an experiment is made of."""
 
     name: str = "experiment"
@@ -336,39 +69,69 @@ class Config(_Section):
 
 
 def shipped_configs() -> dict[str, Path]:
-    """Name to path of every YAML in the package."""
+    """Name to path of every YAML in the package; those of ``configs/paper`` begin with paper/.
+
+    Files whose names begin with an underscore are only extended by others.
+    """
     folder = Path(str(resources.files("posefabric"))) / "configs"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    paths = [*sorted(folder.glob("*.yaml")), *sorted(folder.glob("paper/*.yaml"))]
+    return {
+        path.relative_to(folder).with_suffix("").as_posix(): path
+        for path in paths
+        if not path.name.startswith("_")
+    }
 
 
 def load_config(name_or_path: str | None, overrides: Sequence[str] = ()) -> Config:
     """Defaults, then a shipped name or a YAML file, then ``section.option=value`` overrides.
 
-    Raises PosefabricError that names the file or override, the option, and near names.
+    A file's ``extends: FILE``, beside it, is read before it. Raises PosefabricError that names
+    the file or override, the option, and near names.
     """
     tree: dict[str, Any] = {}
     origin = "defaults"
     if name_or_path is not None:
         path = _find_yaml(name_or_path)
         origin = str(path)
-        try:
-            loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise PosefabricError(f"{path}: cannot be read as YAML: {error}") from error
-        if loaded is not None and not isinstance(loaded, dict):
-            raise PosefabricError(
-                f"{path}: expected sections and options, got {type(loaded).__name__}"
-            )
-        # A section whose options are all commented out is a section of defaults.
-        tree = {
-            key: {} if value is None and key in _sections() else value
-            for key, value in (loaded or {}).items()
-        }
+        tree = _read_layers(path)
     for override in overrides:
         _apply_override(tree, override)
     if overrides:
         origin += " with the command line's options"
     return config_from_tree(tree, origin=origin)
+
+
+def _read_layers(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The options of a file over those of the file it extends, over those of that one's ..."""
+    if path in below:
+        raise PosefabricError(
+            f"{below[-1]}: extends: {path.name} extends this file; break the ring"
+        )
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        where = f"{below[-1]}: extends: " if below else ""
+        raise PosefabricError(f"{where}{path}: cannot be read as YAML: {error}") from error
+    if loaded is not None and not isinstance(loaded, dict):
+        raise PosefabricError(f"{path}: expected sections and options, got {type(loaded).__name__}")
+    # A section whose options are all commented out is a section of defaults.
+    tree = {
+        key: {} if value is None and key in _sections() else value
+        for key, value in (loaded or {}).items()
+    }
+    base = tree.pop("extends", None)
+    if base is None:
+        return tree
+    return _merged(_read_layers(path.parent / str(base), (*below, path)), tree)
+
+
+def _merged(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections option by option; an option's value, a mapping too, is replaced as a whole."""
+    merged = dict(lower)
+    for key, value in upper.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = {**merged[key], **value} if both else value
+    return merged
 
 
 def config_from_tree(tree: dict[str, Any], *, origin: str) -> Config:

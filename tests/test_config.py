@@ -171,3 +171,20 @@ def test_a_missing_file_names_near_ones() -> None:
     for name in shipped:
         with pytest.raises(PosefabricError, match=rf"\(did you mean .*shipped: .*{name}"):
             load_config(name + "x")
+
+
+def test_a_file_can_extend_another(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("data: {workers: 3, cache: false}\nseed: 5\n")
+    (tmp_path / "mine.yaml").write_text("extends: base.yaml\ndata:\n  workers: 2\n")
+    config = load_config(str(tmp_path / "mine.yaml"), ["seed=6"])
+    assert (config.data.workers, config.data.cache, config.seed) == (2, False, 6)
+
+
+def test_extending_a_missing_file_or_oneself_is_told(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("extends: gone.yaml\n")
+    with pytest.raises(PosefabricError, match=r"mine\.yaml: extends: .*gone\.yaml: cannot be read"):
+        load_config(str(mine))
+    mine.write_text("extends: mine.yaml\n")
+    with pytest.raises(PosefabricError, match="break the ring"):
+        load_config(str(mine))

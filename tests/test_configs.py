@@ -39,4 +39,5 @@ def test_they_are_in_the_wheel() -> None:
     root = Path(__file__).parents[1]
     if not (root / "pyproject.toml").is_file():
         pytest.skip("needs the checkout")
-    assert '"configs/*.yaml"' in (root / "pyproject.toml").read_text()
+    data = (root / "pyproject.toml").read_text()
+    assert '"configs/*.yaml"' in data and '"configs/paper/*.yaml"' in data

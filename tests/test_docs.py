@@ -87,7 +87,7 @@ def test_every_option_is_described_and_the_file_is_current():
     script = load("build_configuration")
     assert script.undescribed() == []
     current = script.PATH.read_text(encoding="utf-8")
-    assert current == script.document(), "posefabric/config.py has changed: run `make docs`"
+    assert current == script.document(), "the options have changed: run `make docs`"
 
 
 def test_a_changed_default_changes_the_file(monkeypatch):

@@ -18,6 +18,7 @@ ROOT = Path(posefabric.__file__).parent
 # each other.
 ORDER: tuple[tuple[str, ...], ...] = (
     ("structures",),
+    ("options",),
     ("config",),
     ("run", "distributed", "skeletons"),
     ("data", "space"),
@@ -29,7 +30,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("deploy",),
     ("study", "bench"),
     ("cli_output",),
-    ("cli_data", "cli_posenfs"),
+    ("cli_data", "cli_posenfs", "cli_study"),
     ("cli",),
     ("__main__",),
 )

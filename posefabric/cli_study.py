@@ -1,0 +1,47 @@
+"""The commands about many configurations: the paper's experiments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from posefabric.cli_output import say, show
+from posefabric.structures import PosefabricError
+
+
+def paper(
+    *overrides: str,
+    run: Annotated[bool, Parameter(help="also train each for a few steps and evaluate it")] = False,
+    mpii: Annotated[Path | None, Parameter(help="with --run: MPII in the HRNet layout")] = None,
+    coco: Annotated[Path | None, Parameter(help="with --run: COCO in the official layout")] = None,
+    out: Annotated[Path, Parameter(help="with --run: where the runs go")] = Path("runs/paper"),
+    only: Annotated[str, Parameter(help="configurations whose names contain this")] = "",
+) -> None:
+    """Build each experiment of the paper; parameters and multiply-adds beside the published.
+
+    Parameters
+    ----------
+    overrides
+        With --run: options for every run, such as data.input_wh=[64,64].
+    """
+    from posefabric.study.paper import paper_configs, paper_rows
+    from posefabric.study.paper_table import paper_table
+
+    names = [name for name in paper_configs() if only in name]
+    if not names:
+        raise PosefabricError(f"--only {only}: no such configuration; there are {paper_configs()}")
+    rows = []
+    for row in paper_rows(names):
+        rows.append(row)
+        say(f"built {row.name}")
+    show(paper_table(rows))
+    unexplained = [row.name for row in rows if row.unexplained]
+    if unexplained:
+        raise PosefabricError(f"differ by more than 1 % without a reason: {', '.join(unexplained)}")
+    if run:
+        from posefabric.study.paper_run import run_briefly
+
+        for name in names:
+            say(run_briefly(name, out, mpii=mpii, coco=coco, overrides=overrides))

@@ -1,0 +1,1 @@
+"""Studies: many configurations built, run and compared."""
