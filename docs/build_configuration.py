@@ -33,7 +33,8 @@ INTRODUCTION = """\
 
 <!-- Written by docs/build_configuration.py; change posefabric/options.py and run `make docs`. -->
 
-A configuration is the defaults below, then a YAML file (or the name of a shipped one), then
+A configuration is the defaults below, then a YAML file (or the name of a shipped one; a file that
+has `extends: FILE` comes after that one), then
 overrides from the command line. A YAML file holds only what differs:
 
 ```yaml

@@ -27,7 +27,7 @@ def paper(
         With --run: options for every run, such as data.input_wh=[64,64].
     """
     from posefabric.study.paper import paper_configs, paper_rows
-    from posefabric.study.paper_table import paper_table
+    from posefabric.study.paper_table import paper_table, reasons
 
     names = [name for name in paper_configs() if only in name]
     if not names:
@@ -37,6 +37,8 @@ def paper(
         rows.append(row)
         say(f"built {row.name}")
     show(paper_table(rows))
+    for line in reasons(rows):
+        say(line)
     unexplained = [row.name for row in rows if row.unexplained]
     if unexplained:
         raise PosefabricError(f"differ by more than 1 % without a reason: {', '.join(unexplained)}")

@@ -20,7 +20,7 @@ from posefabric.study.paper import (
     second_node_parameters,
 )
 from posefabric.study.paper_run import run_briefly
-from posefabric.study.paper_table import paper_table
+from posefabric.study.paper_table import paper_table, reasons
 
 MPII = (
     "data.train_annotations=test_mpii.json",
@@ -50,13 +50,16 @@ def test_the_table_has_the_papers_figures_and_no_difference_without_a_reason() -
     assert rows[0].params.here == pytest.approx(3.3, abs=0.05) and rows[0].params.agrees
     assert rows[0].macs.here == pytest.approx(1.2, abs=0.05)
     assert rows[1].macs.published is None and not rows[1].unexplained
-    assert paper_table(rows).row_count == 2
+    assert paper_table(rows).row_count == 2 and reasons(rows) == []
 
 
 def test_a_difference_needs_a_reason() -> None:
     config = load_config("paper/mpii_mobilenet_cnf1", ["data.input_wh=[64,64]"])
-    row = compare_with_paper("x", config, {"macs": 9.9})
+    row = compare_with_paper("x", config, {"macs": 9.9, "backbone": 1.3, "unit": 1e9})
     assert row.unexplained
+    assert reasons([row]) == [
+        "x: backbone 1.34 / 1.3 M; G = 1e+09 here, which is what the published figure fits"
+    ]
     assert not compare_with_paper("x", config, {"macs": 9.9, "why": "a smaller input"}).unexplained
 
 
