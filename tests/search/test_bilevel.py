@@ -194,7 +194,7 @@ def test_of_a_supernet(relaxation: str) -> None:
     evidence = make_evidence(network, rates, loss="cross_entropy", size=64, keypoints=4, stride=4)
     expected = exact(network, evidence, LOSSES["cross_entropy"])
     before = copy.deepcopy(network.state_dict())
-    found = unrolled(network, evidence, perturbation=1e-5)
+    found = unrolled(network, evidence, perturbation=1e-6)
     assert difference(found, expected) < 1e-4
     assert_same_state(network, before)
     still = FirstOrder(SearchConfig()).architecture_gradients(network, evidence, 0.0)
