@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from cyclopts import App, Parameter
 
@@ -17,10 +17,8 @@ from posefabric.cli_output import counter, print_table, say
 from posefabric.cli_output import show as show_table
 from posefabric.cli_posenfs import import_posenfs, reference
 from posefabric.cli_study import paper
+from posefabric.cli_train import Out, RunPath, derive, search, train
 from posefabric.structures import PosefabricError
-
-if TYPE_CHECKING:
-    from posefabric.run import RunFolder
 
 app = App(
     name="posefabric",
@@ -29,111 +27,14 @@ app = App(
     default_parameter=Parameter(negative=()),
 )
 app.command(data_app)
+app.command(search)
+app.command(derive)
+app.command(train)
 app.command(import_posenfs)
 app.command(reference)
 app.command(paper)
 
-Overrides = Annotated[
-    tuple[str, ...], Parameter(help="options as section.option=value, e.g. data.root=DIR")
-]
-Out = Annotated[Path, Parameter(help="the run folder to write")]
-Resume = Annotated[bool, Parameter(help="go on with the run in that folder, exactly")]
-RunPath = Annotated[Path, Parameter(help="a run folder")]
 Which = Annotated[str, Parameter(help="auto (newest compact), mixture, compact or a child's name")]
-
-
-@app.command
-def search(config: str | None = None, /, *overrides: str, out: Out, resume: Resume = False) -> None:
-    """Search: train the mixture of all architectures, alpha and beta with it.
-
-    Parameters
-    ----------
-    config
-        A shipped name (see `posefabric show configs`) or a YAML file.
-    """
-    from posefabric.search.run_search import search as run_search
-
-    run = _open_or_create(out, "search", config, overrides, resume=resume)
-    if run.state == "finished":
-        say(f"{run.path}: is finished already")
-        return
-    network, result = _failing_marked(run, lambda: run_search(run))
-    print_table(result)
-    entropies = ", ".join(f"{k} {v:.3f}" for k, v in network.entropies().items())
-    say(f"{entropies}; next: posefabric derive {out} --finetune")
-
-
-@app.command
-def derive(run: RunPath, /, *overrides: str, finetune: bool = False) -> None:
-    """Derive a compact network from a searched mixture, as a child run.
-
-    Parameters
-    ----------
-    finetune
-        Train the compact network on, as `posefabric train` would.
-    """
-    from posefabric.config import with_overrides
-    from posefabric.derive.run_derive import check_derivable
-    from posefabric.derive.run_derive import derive as run_derive
-    from posefabric.run import RunFolder
-
-    opened = RunFolder.open(run)
-    check_derivable(opened)
-    parent = opened.resolve("mixture")
-    config = with_overrides(parent.config, overrides)
-    child = parent.new_child("derive", config)
-    _, record = _failing_marked(child, lambda: run_derive(parent, child))
-    for step, counts in record["steps"].items():
-        say(f"{step:>10}: " + ", ".join(f"{v} {k}" for k, v in counts.items()))
-    for step, value in record["differences"].items():
-        say(f"{step:>10}: outputs moved by {value:.2e} of the largest")
-    say(f"derived: {child.path}")
-    if finetune or config.derive.finetune:
-        train(str(child.path))
-
-
-@app.command
-def train(
-    run: str | None = None,
-    /,
-    *overrides: str,
-    out: Annotated[Path | None, Parameter(help="the run folder of a baseline to write")] = None,
-    resume: Resume = False,
-) -> None:
-    """Train the newest compact network of a run on, as a child run; or a baseline from the start.
-
-    Both follow the options of the section finetune.
-
-    Parameters
-    ----------
-    run
-        A run folder; with --out, a shipped name or a YAML file whose model.network is a baseline.
-    """
-    from posefabric.config import with_overrides
-    from posefabric.derive.run_derive import finetune
-    from posefabric.run import RunFolder
-
-    if out is not None or _is_config(run):
-        _train_baseline(run, overrides, out, resume=resume)
-        return
-    opened = RunFolder.open(str(run))
-    if resume:
-        child = _unfinished_child(opened)
-        if child.config.model.network != "fabric" and child.parent is None:
-            _train_baseline(None, overrides, child.path, resume=True)
-            return
-        child = RunFolder.create(
-            child.path, config=with_overrides(child.config, overrides), kind="train", exist_ok=True
-        )
-        parent = child.parent
-        if parent is None:
-            raise PosefabricError(f"{child.path}: the run it was derived from is gone")
-    else:
-        parent = opened.resolve("compact")
-        child = parent.new_child("train", with_overrides(parent.config, overrides))
-    say(f"training {parent.describe()} on, in {child.path}")
-    _, result = _failing_marked(child, lambda: finetune(parent, child))
-    print_table(result)
 
 
 @app.command(name="eval")
@@ -333,83 +234,3 @@ def main() -> None:
 
 def _exit_code(error: PosefabricError) -> int:
     return 130 if type(error).__name__ == "TrainingStopped" else 1
-
-
-def _is_config(name: str | None) -> bool:
-    """Whether ``posefabric train`` was given a configuration, not a run folder."""
-    from posefabric.config import shipped_configs
-
-    if name is None or Path(name).is_dir():
-        return name is None
-    return name in shipped_configs() or Path(name).suffix in (".yaml", ".yml") or "=" in name
-
-
-def _train_baseline(
-    config: str | None, overrides: tuple[str, ...], out: Path | None, *, resume: bool
-) -> None:
-    from posefabric.train.from_start import train_from_start
-
-    if out is None:
-        raise PosefabricError(
-            "posefabric train: expected a run folder to train on, or --out RUN to train the "
-            f"baseline of a configuration into, got {config or 'neither'}"
-        )
-    if config is not None and (Path(config) / "run.json").is_file():
-        raise PosefabricError(
-            f"{config}: is a run folder, whose trainings are its children; leave out --out"
-        )
-    run = _open_or_create(out, "train", config, overrides, resume=resume)
-    if run.state == "finished":
-        say(f"{run.path}: is finished already")
-        return
-    _, result = _failing_marked(run, lambda: train_from_start(run))
-    print_table(result)
-    say(f"next: posefabric eval {out}")
-
-
-def _open_or_create(
-    out: Path,
-    kind: Literal["search", "train"],
-    config: str | None,
-    overrides: tuple[str, ...],
-    *,
-    resume: bool,
-) -> RunFolder:
-    from posefabric.config import check_trainable, load_config, with_overrides
-    from posefabric.run import RunFolder
-    from posefabric.skeletons import load_skeleton
-
-    if resume and config is None:
-        found = RunFolder.open(out)
-        settings = with_overrides(found.config, overrides)
-    elif config is not None and "=" in config:
-        settings = load_config(None, (config, *overrides))
-    else:
-        settings = load_config(config, overrides)
-    check_trainable(settings, kind)
-    # A mistake in the user's own file is told of that file, not of the run's copy.
-    load_skeleton(settings.data.skeleton)
-    for section, option in ((settings.data, "root"), (settings.model, "weights")):
-        given = getattr(section, option)
-        if given is not None and Path(given).exists():
-            # Later commands may be given from another folder.
-            setattr(section, option, str(Path(given).resolve()))
-    return RunFolder.create(out, config=settings, kind=kind, exist_ok=resume)
-
-
-def _unfinished_child(run: RunFolder) -> RunFolder:
-    candidates = [run, *run.descendants().values()]
-    found = [r for r in candidates if r.kind == "train" and r.state != "finished"]
-    if not found:
-        raise PosefabricError(f"{run.path}: has no unfinished training to resume")
-    return max(found, key=lambda r: r.created)
-
-
-def _failing_marked(run: RunFolder, work):
-    """Run a stage; a failure is written into the run's state before it is told."""
-    try:
-        return work()
-    except BaseException:
-        if run.state == "running":
-            run.set_state("failed")
-        raise
