@@ -67,6 +67,18 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _small_inputs(self) -> Config:
+        width, height = self.data.input_wh
+        for phase in ("search", "finetune"):
+            small = getattr(self, phase).small_input_wh
+            if small is not None and (small[0] > width or small[0] * height != small[1] * width):
+                raise ValueError(
+                    f"{phase}.small_input_wh={list(small)}: expected data.input_wh="
+                    f"{[width, height]} or a smaller size of the same aspect ratio"
+                )
+        return self
+
 
 def shipped_configs() -> dict[str, Path]:
     """Name to path of every YAML in the package; those of ``configs/paper`` begin with paper/.

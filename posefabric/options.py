@@ -18,6 +18,13 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
 
+def checked_input_wh(value: tuple[int, int]) -> tuple[int, int]:
+    """The size, if every level of a pyramid divides it."""
+    if any(side < 32 or side % 32 for side in value):
+        raise ValueError(f"both sides must be positive multiples of 32, got {value}")
+    return value
+
+
 class DataConfig(Section):
     """Which persons, and how a person becomes an input.
 
@@ -95,9 +102,7 @@ class DataConfig(Section):
     @field_validator("input_wh")
     @classmethod
     def _multiple_of_32(cls, value: tuple[int, int]) -> tuple[int, int]:
-        if any(side < 32 or side % 32 for side in value):
-            raise ValueError(f"both sides must be positive multiples of 32, got {value}")
-        return value
+        return checked_input_wh(value)
 
 
 class AugmentConfig(Section):
@@ -220,6 +225,19 @@ class OptimConfig(Section):
     max_bad_steps: int = Field(
         default=10, ge=0, description="skipped non-finite steps before stopping"
     )
+    small_input_wh: tuple[int, int] | None = Field(
+        default=None,
+        description="progressive resizing: the input of the first steps, at most data.input_wh; "
+        "none: data.input_wh throughout",
+    )
+    small_input_until: float = Field(
+        default=0.6, ge=0, le=1, description="share of the steps with small_input_wh"
+    )
+
+    @field_validator("small_input_wh")
+    @classmethod
+    def _multiple_of_32(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
+        return value if value is None else checked_input_wh(value)
 
 
 class SearchConfig(OptimConfig):

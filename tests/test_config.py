@@ -188,3 +188,11 @@ def test_extending_a_missing_file_or_oneself_is_told(tmp_path: Path) -> None:
     mine.write_text("extends: mine.yaml\n")
     with pytest.raises(PosefabricError, match="break the ring"):
         load_config(str(mine))
+
+
+@pytest.mark.parametrize("given", ["[160,160]", "[64,96]", "[100,100]"])
+def test_progressive_resizing_shrinks_the_whole_input(given: str) -> None:
+    with pytest.raises(PosefabricError, match="small_input_wh"):
+        load_config("demo", ["data.input_wh=[128,128]", f"finetune.small_input_wh={given}"])
+    config = load_config("demo", ["data.input_wh=[128,128]", "finetune.small_input_wh=[96,96]"])
+    assert config.finetune.small_input_wh == (96, 96)

@@ -97,7 +97,7 @@ def make_trainer(
     data, held_out = TrainingData.open_split(
         config,
         share=strategy.held_out_share(),
-        batch_size=optim.batch_size,
+        optim=optim,
         normalisation=network.normalisation,
         seed=config.seed,
         device=torch.device("cpu"),

@@ -62,7 +62,8 @@ def prepare_batch(
 
     Without ``augment`` the images are the middle of the crops, to the last bit. Otherwise crop
     and augmentation become one linear warp, and everything random comes from ``generator``,
-    which moves on by the same amount for every batch of the same size.
+    which moves on by the same amount for every batch of the same size. The warp also shrinks
+    to the codec's input where that is smaller than the geometry's.
 
     Raises PosefabricError when the crops are not of ``geometry``, when ``augment`` comes
     without a generator, or when codec and geometry do not belong together.
@@ -83,13 +84,13 @@ def prepare_batch(
         extra, flip = augment_transforms(
             draws, keypoints, visibility, config=augment, geometry=geometry, skeleton=skeleton
         )
-        extra = _square(extra)
+        extra = _resize(geometry, codec.input_wh).double() @ _square(extra)
         image_to_input = extra @ image_to_input
         keypoints = _transform(extra, keypoints)
         order = torch.from_numpy(skeleton.flip_index)
         keypoints = torch.where(flip[:, None, None], keypoints[:, order], keypoints)
         visibility = torch.where(flip[:, None], visibility[:, order], visibility)
-        images = warp_crops(crops, (extra @ plain)[:, :2], geometry.input_wh)
+        images = warp_crops(crops, (extra @ plain)[:, :2], codec.input_wh)
         images = jitter_colour(images, draws, augment.colour)
     heatmaps, weights = codec.encode(keypoints.float().to(device), visibility.to(device))
     images = normalisation.apply(images).contiguous(memory_format=torch.channels_last)
@@ -127,6 +128,13 @@ def warp_crops(crops: Tensor, crop_to_input: Tensor, input_wh: tuple[int, int]) 
     )
 
 
+def _resize(geometry: CropGeometry, input_wh: tuple[int, int]) -> Tensor:
+    """(3, 3): pixels of the geometry's input to those of an input of another size."""
+    lost = geometry.rules.warp == "unbiased"
+    spans = zip(input_wh, geometry.input_wh, strict=True)
+    return torch.diag(torch.tensor([*((ours - lost) / (whole - lost) for ours, whole in spans), 1]))
+
+
 def _square(matrix: Tensor) -> Tensor:
     """Affine (..., 2, 3) as (..., 3, 3)."""
     last = matrix.new_tensor([0.0, 0.0, 1.0]).expand(*matrix.shape[:-2], 1, 3)
@@ -152,7 +160,9 @@ def _check(
             "them with the geometry that prepares them (the same input_wh and margin)"
         )
     theirs, ours = geometry.rules, codec.rules
-    if codec.input_wh != geometry.input_wh or codec.preset != geometry.preset or theirs != ours:
+    smaller = all(a <= b for a, b in zip(codec.input_wh, geometry.input_wh, strict=True))
+    fits = smaller if augment is not None else codec.input_wh == geometry.input_wh
+    if not fits or codec.preset != geometry.preset or theirs != ours:
         raise PosefabricError(
             f"codec ({codec.preset}, {codec.input_wh}) and geometry ({geometry.preset}, "
             f"{geometry.input_wh}) differ; make both from the same input_wh, preset and conventions"

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from posefabric.config import AugmentConfig, Config, DataConfig
+from posefabric.config import AugmentConfig, Config, DataConfig, OptimConfig
 from posefabric.data.batch import Normalisation, prepare_batch
 from posefabric.data.coco import read_coco
 from posefabric.data.codec import Codec, default_sigma
@@ -109,21 +109,28 @@ def make_geometry(config: DataConfig, margin: float = 1.0) -> CropGeometry:
     return CropGeometry(config.input_wh, config.preset, margin, make_conventions(config))
 
 
-def make_codec(config: DataConfig) -> Codec:
-    """The codec of the options; heatmaps are a quarter of the input."""
-    width, height = config.input_wh
+def make_codec(config: DataConfig, input_wh: tuple[int, int] | None = None) -> Codec:
+    """The codec of the options; heatmaps are a quarter of the input.
+
+    ``input_wh``: of another size than ``data.input_wh``, a given sigma shrunk with it.
+    """
+    width, height = config.input_wh if input_wh is None else input_wh
+    given = None if config.sigma is None else config.sigma * height / config.input_wh[1]
     return Codec(
         preset=config.preset,
-        input_wh=config.input_wh,
+        input_wh=(width, height),
         heatmap_wh=(width // 4, height // 4),
-        sigma=default_sigma(height) if config.sigma is None else config.sigma,
+        sigma=default_sigma(height) if given is None else given,
         conventions=make_conventions(config),
     )
 
 
 @dataclass
 class TrainingData:
-    """Seeded, augmented batches of one data set: a function of (seed, step) alone."""
+    """Seeded, augmented batches of one data set: a function of (seed, step) alone.
+
+    With ``small_codec`` the first ``small_steps`` batches have its smaller input.
+    """
 
     dataset: PersonDataset
     loader: CropLoader
@@ -133,13 +140,15 @@ class TrainingData:
     normalisation: Normalisation
     seed: int
     device: torch.device
+    small_codec: Codec | None = None
+    small_steps: int = 0
 
     @classmethod
     def open(
         cls,
         config: Config,
         *,
-        batch_size: int,
+        optim: OptimConfig,
         normalisation: Normalisation,
         seed: int,
         device: torch.device,
@@ -152,7 +161,7 @@ class TrainingData:
         loader = CropLoader(
             dataset,
             geometry,
-            batch_size=min(batch_size, len(dataset) if rows is None else len(rows)),
+            batch_size=min(optim.batch_size, len(dataset) if rows is None else len(rows)),
             rows=rows,
             seed=seed,
             workers=config.data.workers,
@@ -160,6 +169,7 @@ class TrainingData:
             on_bad_image=config.data.on_bad_image,
             drop_last=True,
         )
+        small = optim.small_input_wh
         return cls(
             dataset=dataset,
             loader=loader,
@@ -169,6 +179,8 @@ class TrainingData:
             normalisation=normalisation,
             seed=seed,
             device=device,
+            small_codec=None if small is None else make_codec(config.data, small),
+            small_steps=round(optim.small_input_until * optim.epochs * len(loader)),
         )
 
     @classmethod
@@ -177,7 +189,7 @@ class TrainingData:
         config: Config,
         *,
         share: float,
-        batch_size: int,
+        optim: OptimConfig,
         normalisation: Normalisation,
         seed: int,
         device: torch.device,
@@ -192,7 +204,7 @@ class TrainingData:
         opened = functools.partial(
             cls.open,
             config,
-            batch_size=batch_size,
+            optim=optim,
             normalisation=normalisation,
             device=device,
             dataset=dataset,
@@ -239,7 +251,7 @@ class TrainingData:
         return prepare_batch(
             crops,
             geometry=self.geometry,
-            codec=self.codec,
+            codec=self.codec if step >= self.small_steps else self.small_codec or self.codec,
             normalisation=self.normalisation,
             skeleton=self.skeleton,
             augment=self.augment,

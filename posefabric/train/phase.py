@@ -51,7 +51,7 @@ def train_phase(
     data, held_out = TrainingData.open_split(
         config,
         share=strategy.held_out_share(),
-        batch_size=optim.batch_size,
+        optim=optim,
         normalisation=network.normalisation,
         seed=config.seed,
         device=device,

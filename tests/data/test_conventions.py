@@ -12,7 +12,7 @@ import pytest
 import torch
 from trainings import make_config
 
-from posefabric.config import Config, DataConfig, config_from_tree
+from posefabric.config import Config, DataConfig, OptimConfig, config_from_tree
 from posefabric.data.batch import Normalisation
 from posefabric.data.conventions import CONVENTIONS, PRESETS, Conventions, choose_conventions
 from posefabric.data.pipeline import (
@@ -272,7 +272,7 @@ def test_training_batches_follow_the_options(preset: str) -> None:
     config = make_config(data=dict(preset=preset, box_padding=1.5, decode="dark"))
     data = TrainingData.open(
         config,
-        batch_size=4,
+        optim=OptimConfig(batch_size=4),
         normalisation=Normalisation(),
         seed=0,
         device=torch.device("cpu"),

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from trainings import make_config, people
 
-from posefabric.config import AugmentConfig, Config, DataConfig
+from posefabric.config import AugmentConfig, Config, DataConfig, OptimConfig
 from posefabric.data.batch import Normalisation, prepare_batch
 from posefabric.data.pipeline import TrainingData, make_codec, open_dataset
 from posefabric.data.synthetic import write_coco
@@ -20,10 +21,12 @@ from posefabric.structures import DataError, PersonDataset, PoseBatch, Posefabri
 FIELDS = ("images", "heatmaps", "weights", "input_to_image", "index")
 
 
-def make_data(seed: int = 0, config: Config | None = None, batch_size: int = 4) -> TrainingData:
+def make_data(
+    seed: int = 0, config: Config | None = None, batch_size: int = 4, **optim: Any
+) -> TrainingData:
     return TrainingData.open(
         config or make_config(),
-        batch_size=batch_size,
+        optim=OptimConfig(batch_size=batch_size, **optim),
         normalisation=Normalisation(),
         seed=seed,
         device=torch.device("cpu"),
@@ -94,6 +97,32 @@ def test_batches_are_prepared_with_the_options() -> None:
     assert data.augment == AugmentConfig(scale=0, rotation=0, flip=0, colour=0, half_body=0)
 
 
+@pytest.mark.parametrize("preset", ["hrnet", "udp"])
+def test_the_first_steps_may_have_a_smaller_input(preset: str) -> None:
+    """Shrunk by the same warp: half the pixels show, and the labels mark, the same points."""
+    still = dict(scale=0, rotation=0, flip=0, colour=0, half_body=0)
+    config = make_config(data=dict(preset=preset, input_wh=[128, 192]), augment=still)
+    data = make_data(config=config, epochs=2, small_input_wh=(64, 96), small_input_until=0.5)
+    small, whole = batches(data, 3, 2)
+    assert small.images.shape == (4, 3, 96, 64) and small.heatmaps.shape == (4, 17, 24, 16)
+    assert whole.images.shape == (4, 3, 192, 128) and whole.heatmaps.shape == (4, 17, 48, 32)
+    plain = make_data(config=config).prepare(next(data.crops(3))[1], 3)
+    corners = torch.tensor([[0.0, 0.0], [63.0, 95.0]]), torch.tensor([[0.0, 0.0], [127.0, 191.0]])
+    ends = [
+        points @ batch.input_to_image[0, :, :2].T + batch.input_to_image[0, :, 2]
+        for points, batch in zip(corners, (small, plain), strict=True)
+    ]
+    pixel = 2 * float(plain.input_to_image[0, 0, 0])
+    torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=1e-3 if preset == "udp" else pixel)
+    seen = small.weights[..., 0] if small.weights.ndim == 3 else small.weights
+    for person, keypoint in torch.nonzero(seen > 0).tolist():
+        peaks = [
+            np.array(np.unravel_index(int(b.heatmaps[person, keypoint].argmax()), (rows, columns)))
+            for b, rows, columns in ((small, 24, 16), (plain, 48, 32))
+        ]
+        assert np.abs(peaks[0] - peaks[1] / 2).max() <= 1
+
+
 def test_a_small_data_set_makes_one_smaller_batch() -> None:
     data = make_data(batch_size=64)
     assert data.steps_per_epoch == 1 and data.loader.batch_size == 16
@@ -106,7 +135,7 @@ def open_split(
     return TrainingData.open_split(
         make_config(),
         share=share,
-        batch_size=4,
+        optim=OptimConfig(batch_size=4),
         normalisation=Normalisation(),
         seed=seed,
         device=torch.device("cpu"),
@@ -184,7 +213,7 @@ def test_without_a_data_set_at_hand_the_options_say_which() -> None:
     config = make_config()
     data = TrainingData.open(
         config,
-        batch_size=8,
+        optim=OptimConfig(batch_size=8),
         normalisation=Normalisation(),
         seed=0,
         device=torch.device("cpu"),
