@@ -78,3 +78,42 @@ def synthetic(
     for number, (split, count) in enumerate((("train", train), ("val", val))):
         people = synthetic_people(count=count, seed=3 * seed + number, skeleton=loaded)
         say(f"written: {write_coco(people, out, split)}")
+
+
+@data_app.command
+def parts(
+    config: str,
+    /,
+    *overrides: str,
+    count: Annotated[int | None, Parameter(help="number of parts; none: by eigengap")] = None,
+    errors: Annotated[Path | None, Parameter(help="a trained run, whose errors to group")] = None,
+    out: Annotated[Path | None, Parameter(help="where to write parts.json and parts.png")] = None,
+) -> None:
+    """Group keypoints by how much they tell about each other, as model.parts=learned does.
+
+    Parameters
+    ----------
+    config
+        A shipped name or a YAML file; its training persons are looked at.
+    """
+    from posefabric.config import load_config
+    from posefabric.data.pipeline import open_dataset
+    from posefabric.deploy.part_figure import write_parts
+    from posefabric.evaluate.groups import learn_parts
+
+    settings = load_config(config, overrides)
+    dataset = open_dataset(settings.data, "train", evaluating=True)
+    predictions = None
+    if errors is not None:
+        from posefabric.deploy.run_report import predict, shipped_network
+        from posefabric.run import RunFolder
+
+        run = RunFolder.open(errors).resolve("auto")
+        predictions = predict(shipped_network(run), run.config, dataset)
+    learned = learn_parts(dataset, count, predictions=predictions)
+    say(f"{len(learned.parts)} parts, from the {learned.source} of {learned.persons} persons:")
+    for name, members in learned.parts.items():
+        say(f"  {name}: [{', '.join(members)}]")
+    if out is not None:
+        for path in write_parts(learned, dataset, out):
+            say(f"written: {path}")

@@ -11,6 +11,7 @@ from posefabric.cli_output import print_table, say
 from posefabric.structures import PosefabricError
 
 if TYPE_CHECKING:
+    from posefabric.config import Config
     from posefabric.run import RunFolder
 
 Out = Annotated[Path, Parameter(help="the run folder to write")]
@@ -18,15 +19,27 @@ Resume = Annotated[bool, Parameter(help="go on with the run in that folder, exac
 RunPath = Annotated[Path, Parameter(help="a run folder")]
 
 
-def search(config: str | None = None, /, *overrides: str, out: Out, resume: Resume = False) -> None:
+def search(
+    config: str | None = None,
+    /,
+    *overrides: str,
+    out: Out,
+    parts: str | None = None,
+    resume: Resume = False,
+) -> None:
     """Search: train the mixture of all architectures, alpha and beta with it.
 
     Parameters
     ----------
     config
         A shipped name (see `posefabric show configs`) or a YAML file.
+    parts
+        The same as model.parts=...: a number, random:P, or learned:K, from the training persons.
     """
     from posefabric.search.run_search import search as run_search
+
+    if parts is not None:
+        overrides = (*overrides, f"model.parts={parts}")
 
     run = _open_or_create(out, "search", config, overrides, resume=resume)
     if run.state == "finished":
@@ -161,6 +174,8 @@ def _open_or_create(
     else:
         settings = load_config(config, overrides)
     check_trainable(settings, kind)
+    if str(settings.model.parts).startswith("learned"):
+        settings = _with_learned_parts(settings)
     # A mistake in the user's own file is told of that file, not of the run's copy.
     load_skeleton(settings.data.skeleton)
     for section, option in ((settings.data, "root"), (settings.model, "weights")):
@@ -169,6 +184,18 @@ def _open_or_create(
             # Later commands may be given from another folder.
             setattr(section, option, str(Path(given).resolve()))
     return RunFolder.create(out, config=settings, kind=kind, exist_ok=resume)
+
+
+def _with_learned_parts(settings: Config) -> Config:
+    """The run keeps the parts themselves: what is read later is what was searched."""
+    from posefabric.data.pipeline import open_dataset
+    from posefabric.evaluate.groups import learn_parts, part_count
+
+    found = learn_parts(open_dataset(settings.data, "train"), part_count(str(settings.model.parts)))
+    for name, members in found.parts.items():
+        say(f"{name}: {', '.join(members)}")
+    model = settings.model.model_copy(update={"parts": found.parts})
+    return settings.model_copy(update={"model": model})
 
 
 def _unfinished_child(run: RunFolder) -> RunFolder:

@@ -159,7 +159,8 @@ class ModelConfig(Section):
     parts: int | str | dict[str, tuple[str, ...]] = Field(
         default=3,
         description="P, a grouping of the skeleton file; `random:P`, a random partition by `seed` "
-        "(`random`: 3 parts); or part to keypoint names",
+        "(`random`: 3 parts); `learned:K` or `learned`, from the training persons; or part to "
+        "keypoint names",
     )
     channel_factor: int = Field(default=8, ge=1, description="C: a node has 4 C 2**scale channels")
     depth: int = Field(default=6, ge=1)
@@ -184,8 +185,11 @@ class ModelConfig(Section):
     def _grouping_or_random(cls, value: Any) -> Any:
         if isinstance(value, str) and value.isdecimal():
             return int(value)
-        if isinstance(value, str) and not re.fullmatch(r"random(:[1-9]\d*)?", value):
-            raise ValueError("expected a number of parts, random, or random:P such as random:5")
+        if isinstance(value, str) and not re.fullmatch(r"(random|learned)(:[1-9]\d*)?", value):
+            raise ValueError(
+                "expected a number of parts, random or learned, or one with a number of parts such "
+                "as random:5 or learned:4"
+            )
         return value
 
 
