@@ -99,10 +99,10 @@ def parts(
     from posefabric.config import load_config
     from posefabric.data.pipeline import open_dataset
     from posefabric.deploy.part_figure import write_parts
-    from posefabric.evaluate.groups import learn_parts
+    from posefabric.evaluate.groups import learn_parts, sample_persons
 
     settings = load_config(config, overrides)
-    dataset = open_dataset(settings.data, "train", evaluating=True)
+    dataset = sample_persons(open_dataset(settings.data, "train", evaluating=True))
     predictions = None
     if errors is not None:
         from posefabric.deploy.run_report import predict, shipped_network

@@ -8,7 +8,7 @@ clustering that of Ng, Jordan and Weiss (2002).
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.cluster.vq import kmeans2
@@ -55,7 +55,6 @@ def learn_parts(
     count: int | None = None,
     *,
     predictions: Predictions | None = None,
-    limit: int = 1500,
     seed: int = 0,
 ) -> LearnedParts:
     """Group the keypoints of a data set by how much their positions tell about each other.
@@ -63,7 +62,6 @@ def learn_parts(
     Args:
         count: number of parts; none: where the Laplacian's eigenvalues have their widest gap.
         predictions: of a trained network on ``dataset``: its errors take the positions' place.
-        limit: most persons to look at, drawn by ``seed``.
 
     Raises PosefabricError for a count beyond the keypoints, DataError for a keypoint that too
     few persons show.
@@ -87,9 +85,6 @@ def learn_parts(
                 f"{dataset.name}: {name} is annotated for {persons} persons; learned parts need "
                 f"{FEWEST_PERSONS} or more; choose model.parts yourself or leave the keypoint out"
             )
-    if len(points) > limit:
-        chosen = np.random.default_rng(seed).choice(len(points), limit, replace=False)
-        points, seen = points[chosen], seen[chosen]
     information = mutual_information(points, seen, seed=seed)
     labels, eigenvalues = spectral_clusters(information, count, seed=seed)
     parts = {}
@@ -99,6 +94,14 @@ def learn_parts(
         name = re.sub(r"\W+", "_", names[centre])
         parts[f"with_{name}"] = tuple(names[k] for k in members)
     return LearnedParts(parts, information, eigenvalues, source, int(seen.sum(0).max()))
+
+
+def sample_persons(dataset: PersonDataset, limit: int = 1500, seed: int = 0) -> PersonDataset:
+    """At most ``limit`` of the persons, drawn by ``seed``: enough for :func:`learn_parts`."""
+    if len(dataset) <= limit:
+        return dataset
+    rows = np.sort(np.random.default_rng(seed).choice(len(dataset), limit, replace=False))
+    return replace(dataset, persons=[dataset.persons[row] for row in rows], headboxes=None)
 
 
 def normalised_positions(

@@ -17,6 +17,7 @@ from posefabric.evaluate.groups import (
     mutual_information,
     normalised_positions,
     part_count,
+    sample_persons,
     spectral_clusters,
 )
 from posefabric.run import RunFolder
@@ -101,6 +102,14 @@ def test_errors_take_the_positions_place(crowd: PersonDataset) -> None:
         part_of[crowd.skeleton.keypoints[a]] == part_of[crowd.skeleton.keypoints[b]]
         for a, b in crowd.skeleton.flip_pairs
     )
+
+
+def test_a_sample_is_drawn_from_all_persons(crowd: PersonDataset) -> None:
+    some = sample_persons(crowd, 40, seed=3)
+    ids = [person.annotation_id for person in some.persons]
+    assert len(ids) == len(set(ids)) == 40 and max(ids) > 200
+    assert ids == [p.annotation_id for p in sample_persons(crowd, 40, seed=3).persons]
+    assert sample_persons(crowd, 300) is crowd
 
 
 def test_positions_do_not_depend_on_place_and_size(crowd: PersonDataset) -> None:
