@@ -25,6 +25,7 @@ def search(
     *overrides: str,
     out: Out,
     parts: str | None = None,
+    budget: str | None = None,
     resume: Resume = False,
 ) -> None:
     """Search: train the mixture of all architectures, alpha and beta with it.
@@ -35,11 +36,13 @@ def search(
         A shipped name (see `posefabric show configs`) or a YAML file.
     parts
         The same as model.parts=...: a number, random:P, or learned:K, from the training persons.
+    budget
+        The same as search.budget=...: macs=0.3G or params=2M, of the compact network.
     """
     from posefabric.search.run_search import search as run_search
 
-    if parts is not None:
-        overrides = (*overrides, f"model.parts={parts}")
+    given = {"model.parts": parts, "search.budget": budget}
+    overrides += tuple(f"{name}={value}" for name, value in given.items() if value is not None)
 
     run = _open_or_create(out, "search", config, overrides, resume=resume)
     if run.state == "finished":
@@ -51,11 +54,15 @@ def search(
     say(f"{entropies}; next: posefabric derive {out} --finetune")
 
 
-def derive(run: RunPath, /, *overrides: str, finetune: bool = False) -> None:
+def derive(
+    run: RunPath, /, *overrides: str, budget: str | None = None, finetune: bool = False
+) -> None:
     """Derive a compact network from a searched mixture, as a child run.
 
     Parameters
     ----------
+    budget
+        The same as derive.budget=...: macs=0.3G or params=2M; by default the search's.
     finetune
         Train the compact network on, as `posefabric train` would.
     """
@@ -64,6 +71,8 @@ def derive(run: RunPath, /, *overrides: str, finetune: bool = False) -> None:
     from posefabric.derive.run_derive import derive as run_derive
     from posefabric.run import RunFolder
 
+    if budget is not None:
+        overrides = (*overrides, f"derive.budget={budget}")
     opened = RunFolder.open(run)
     check_derivable(opened)
     parent = opened.resolve("mixture")
@@ -74,7 +83,11 @@ def derive(run: RunPath, /, *overrides: str, finetune: bool = False) -> None:
         say(f"{step:>10}: " + ", ".join(f"{v} {k}" for k, v in counts.items()))
     for step, value in record["differences"].items():
         say(f"{step:>10}: outputs moved by {value:.2e} of the largest")
-    say(f"derived: {child.path}")
+    say(
+        f"derived: {child.path}: {record['macs'] / 1e6:.1f} M multiply-adds, "
+        f"{record['params'] / 1e6:.2f} M parameters"
+        + (f", within {record['budget']}" if record["budget"] else "")
+    )
     if finetune or config.derive.finetune:
         train(str(child.path))
 

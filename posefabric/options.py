@@ -13,6 +13,8 @@ from pydantic import (
     model_validator,
 )
 
+from posefabric.budget import Budget
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True)
@@ -278,6 +280,19 @@ class SearchConfig(OptimConfig):
     sparsity_start: float = Field(
         default=0.3, ge=0, lt=1, description="share of the search before it rises"
     )
+    budget: str | None = Field(
+        default=None,
+        description="of the compact network, such as macs=0.3G or params=2M; the search is pressed "
+        "towards it, derivation ends inside it",
+    )
+    budget_weight: float = Field(
+        default=5.0, ge=0, description="final weight of the expected cost's share above budget"
+    )
+
+    @field_validator("budget")
+    @classmethod
+    def _budget(cls, value: str | None) -> str | None:
+        return value if value is None else str(Budget.parse(value))
 
 
 class DeriveConfig(Section):
@@ -292,7 +307,15 @@ class DeriveConfig(Section):
     sources_kept: int | None = Field(
         default=None, ge=1, le=3, description="most sources a cell keeps"
     )
+    budget: str | None = Field(
+        default=None, description="macs=0.3G or params=2M; none: search.budget"
+    )
     finetune: bool = False
+
+    @field_validator("budget")
+    @classmethod
+    def _budget(cls, value: str | None) -> str | None:
+        return value if value is None else str(Budget.parse(value))
 
 
 class EvaluationConfig(Section):

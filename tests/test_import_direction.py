@@ -17,7 +17,7 @@ ROOT = Path(posefabric.__file__).parent
 # What stands right may import what stands left; the stages of one entry know nothing of
 # each other.
 ORDER: tuple[tuple[str, ...], ...] = (
-    ("structures",),
+    ("structures", "budget"),
     ("options",),
     ("config",),
     ("run", "distributed", "skeletons"),

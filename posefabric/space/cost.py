@@ -94,10 +94,12 @@ def cell_cost(cell: Cell, part: Part, input_wh: Size) -> Cost:
 
 
 def part_cost(part: Part, graph: Architecture) -> Cost:
-    """One part after the backbone: 1x1 convolutions, cells, head."""
-    total = head_cost(part, graph)
-    for scale in pyramid_scales(part, graph.first_layer):
-        total += reduce_cost(part, graph.backbone.channels[scale], scale, graph.input_wh)
+    """One of the graph's fabrics: 1x1 convolutions, cells, head; of a backbone's the cells."""
+    total = Cost()
+    if part.keypoints:
+        total = head_cost(part, graph)
+        for scale in pyramid_scales(part, graph.first_layer):
+            total += reduce_cost(part, graph.backbone.channels[scale], scale, graph.input_wh)
     for cell in part.cells:
         total += cell_cost(cell, part, graph.input_wh)
     return total
@@ -106,11 +108,8 @@ def part_cost(part: Part, graph: Architecture) -> Cost:
 def fabrics_cost(graph: Architecture) -> Cost:
     """All that is searched: the parts, and the cells of a fabric backbone."""
     total = Cost()
-    for part in graph.parts:
+    for part in graph.fabrics:
         total += part_cost(part, graph)
-    if graph.backbone.fabric is not None:
-        for cell in graph.backbone.fabric.cells:
-            total += cell_cost(cell, graph.backbone.fabric, graph.input_wh)
     return total
 
 
