@@ -249,10 +249,22 @@ class OptimConfig(Section):
 class SearchConfig(OptimConfig):
     """The supernet's training, in which alpha and beta are learned."""
 
-    strategy: Literal["uniform", "random", "synchronous", "first_order", "second_order"] = (
-        "synchronous"
+    strategy: Literal[
+        "uniform",
+        "random",
+        "synchronous",
+        "first_order",
+        "second_order",
+        "gumbel",
+        "gates",
+        "beta_decay",
+    ] = "synchronous"
+    relaxation: Literal["softmax", "sparsemax"] = Field(
+        default="softmax", description="not of gumbel and gates, which have their own"
     )
-    relaxation: Literal["softmax", "sparsemax"] = "softmax"
+    beta_decay_weight: float = Field(
+        default=25.0, ge=0, description="beta_decay: final weight of the logits' log-sum-exp"
+    )
     temperature_end: float = Field(
         default=1.0, gt=0, le=1, description="logits are divided by it at the end"
     )

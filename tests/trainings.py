@@ -54,6 +54,9 @@ CASES: dict[str, dict[str, Any]] = {
             temperature_end=0.5,
         )
     ),
+    "gumbel": dict(search=dict(strategy="gumbel", temperature_end=0.5)),
+    "gates": dict(search=dict(strategy="gates", sparsity=0.1, source_sparsity=0.1)),
+    "beta_decay": dict(search=dict(strategy="beta_decay")),
     "second_order": dict(search=dict(strategy="second_order", epochs=5.0)),
     "bf16": dict(search=dict(precision="bf16"), model=dict(head="vector", frozen_stem=True)),
 }
