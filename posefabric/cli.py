@@ -16,7 +16,7 @@ from posefabric.cli_data import data_app
 from posefabric.cli_output import counter, print_table, say
 from posefabric.cli_output import show as show_table
 from posefabric.cli_posenfs import import_posenfs, reference
-from posefabric.cli_study import paper
+from posefabric.cli_study import paper, study
 from posefabric.cli_train import Out, RunPath, derive, search, train
 from posefabric.structures import PosefabricError
 
@@ -33,6 +33,7 @@ app.command(train)
 app.command(import_posenfs)
 app.command(reference)
 app.command(paper)
+app.command(study)
 
 Which = Annotated[str, Parameter(help="auto (newest compact), mixture, compact or a child's name")]
 
