@@ -29,9 +29,13 @@ _FILES = ("data.skeleton", "model.weights")
 
 
 class Arm(Section):
-    """One way to get a network; all arms share the study's configuration and overrides."""
+    """One way to get a network; all arms share the study's configuration and overrides.
+
+    ``seeds``: those of the study's that this arm is run with; none: all.
+    """
 
     overrides: list[str] = Field(default=[])
+    seeds: list[int] | None = None
     steps: Steps = "search+finetune"
     compute: Literal["epochs", "equal", "both"] = "epochs"
     compute_of: str | None = None
@@ -222,6 +226,8 @@ def plan_runs(study: StudyFile, given: Sequence[str] = ()) -> list[PlannedRun]:
                 study.variants().items(), key=lambda item: item[1][1]
             ):
                 arm = study.arms[arm_name]
+                if arm.seeds is not None and seed not in arm.seeds:
+                    continue
                 overrides = (*study.overrides, *budget_overrides, *arm.overrides, f"seed={seed}")
                 config = _checked_config(study, (*overrides, *given), arm, name)
                 reference = made[study.reference_of(arm_name)].key if equal else None
