@@ -56,6 +56,7 @@ def study(
     out: Annotated[Path, Parameter(help="the study folder to write, or to go on with")],
     jobs: Annotated[int, Parameter(help="runs side by side, each in a process of one thread")] = 1,
     table: Annotated[bool, Parameter(help="make no run, write the tables anew")] = False,
+    final: Annotated[bool, Parameter(help="when all is made, read the test split, once")] = False,
 ) -> None:
     """Compare arms over seeds: make every missing run of a study, then write tables and verdicts.
 
@@ -68,4 +69,4 @@ def study(
     """
     from posefabric.study.study import run_study
 
-    run_study(file, overrides, out=out, jobs=jobs, table=table, say=say)
+    run_study(file, overrides, out=out, jobs=jobs, table=table, final=final, say=say)

@@ -144,6 +144,7 @@ def evaluate_network(
     progress: Progress | None = None,
     parts: Mapping[str, Sequence[int]] | None = None,
     keep_predictions: bool = False,
+    on_predictions: Callable[[Predictions], None] | None = None,
     submission: Path | None = None,
     **measures: Any,
 ) -> dict[str, Any]:
@@ -152,6 +153,7 @@ def evaluate_network(
     Args:
         parts: none: the parts of the network's own architecture, where it tells one.
         keep_predictions: adds ``predictions``, a list in the COCO results format before NMS.
+        on_predictions: called with the predictions before they are measured.
         submission: where to write the predictions for a test server (see write_submission); adds
             ``submission``, what was written.
         measures: further options of :func:`evaluate_predictions`.
@@ -177,6 +179,8 @@ def evaluate_network(
         unreadable=unreadable,
         progress=progress,
     )
+    if on_predictions is not None:
+        on_predictions(predictions)
     if parts is None:
         parts = network_parts(network)
     measures.setdefault("nms_area", codec.rules.nms_area)

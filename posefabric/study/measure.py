@@ -11,6 +11,7 @@ import numpy as np
 from posefabric.config import Config
 from posefabric.data.pipeline import Split, make_codec, make_geometry, open_dataset
 from posefabric.deploy.run_report import shipped_network
+from posefabric.evaluate.kept import read_predictions
 from posefabric.evaluate.measures import evaluate_predictions
 from posefabric.evaluate.pck import pck
 from posefabric.evaluate.profile import profile
@@ -22,8 +23,9 @@ from posefabric.train.phase import headline
 
 
 def measure_split(run: RunFolder, config: Config, split: Split, counts: Path) -> dict[str, Any]:
-    """The headline measures of a run's shipped network on a split, as ``posefabric eval`` takes
-    them; hits a person into ``counts``.
+    """The headline measures of a run's shipped network on a split; hits a person into ``counts``.
+
+    On ``val`` what the training's own evaluation predicted is measured, without predicting anew.
 
     ``counts`` (.npz) has ``found`` and ``counted``, (N, K) bool, ``person`` (row in the data set)
     and ``keypoints`` (their names); persons whose picture cannot be read have no row.
@@ -33,7 +35,9 @@ def measure_split(run: RunFolder, config: Config, split: Split, counts: Path) ->
     dataset = open_dataset(config.data, split, boxes=config.data.boxes, evaluating=True)
     network = shipped_network(run).to(choose_device(config.device))
     chosen, codec = config.evaluation, make_codec(config.data)
-    predictions = predict_dataset(
+    # A training ends with its own evaluation on the validation persons.
+    kept = read_predictions(run) if split == "val" and config.data.boxes is None else None
+    predictions = kept or predict_dataset(
         network,
         dataset,
         geometry=make_geometry(config.data),

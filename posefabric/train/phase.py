@@ -10,6 +10,7 @@ import torch
 
 from posefabric.config import Config, OptimConfig
 from posefabric.data.pipeline import TrainingData, make_codec, make_geometry, open_dataset
+from posefabric.evaluate.kept import save_predictions
 from posefabric.evaluate.runner import evaluate_network
 from posefabric.models.build import choose_device
 from posefabric.models.network import PoseNetwork
@@ -36,7 +37,7 @@ def train_phase(
     """Train, save weights and architecture, evaluate on the validation persons.
 
     Goes on from the run's newest checkpoint when it has one. Returns the evaluation, which is
-    also written to ``evaluation.json``.
+    also written to ``evaluation.json``, and what it is of to ``predictions.npz``.
     """
     config = run.config
     _check_loss(network, optim, phase)
@@ -72,7 +73,13 @@ def train_phase(
     trainer.fit()
     save_weights(run.weights_path, network)
     run.write_text(run.architecture_path.name, network.architecture().to_json())
-    result = evaluate(network, config, validation, device=device)
+    result = evaluate(
+        network,
+        config,
+        validation,
+        device=device,
+        on_predictions=lambda found: save_predictions(run, found),
+    )
     result["train_seconds"] = trainer.seconds
     result["train_precision"] = trainer.precision
     result["train_cpu_seconds"] = trainer.cpu_seconds
