@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from posefabric.data.crop import CropGeometry
 from posefabric.data.reader import CropReader, LoadedBatch, make_cache
+from posefabric.distributed import Launch, share
 from posefabric.structures import CropBatch, DataError, PersonDataset, PosefabricError
 
 OnBadImage = Literal["error", "skip"]
@@ -31,6 +32,7 @@ class CropLoader:
         on_bad_image: ``error`` raises DataError, ``skip`` gives a black crop without keypoints
             and counts the file in ``unreadable``.
         drop_last: leave out a last, smaller batch.
+        launch: this process's place; it reads its share of every batch. None: all of it.
     """
 
     def __init__(
@@ -45,15 +47,23 @@ class CropLoader:
         cache: bool = False,
         on_bad_image: OnBadImage = "error",
         drop_last: bool = False,
+        launch: Launch | None = None,
     ) -> None:
         self.rows = _checked_rows(dataset, rows)
         self.batch_size = batch_size
         self.seed = seed
         self.drop_last = drop_last
+        self.launch = launch or Launch()
         self.unreadable: dict[str, str] = {}
         if batch_size < 1 or workers < 0:
             raise PosefabricError(
                 f"batch_size {batch_size} and workers {workers}: expected at least 1 and 0"
+            )
+        if batch_size < self.launch.ranks:
+            raise PosefabricError(
+                f"{dataset.name}: batches of {batch_size} persons for {self.launch.ranks} "
+                "processes, each of which needs one or more; use a larger batch_size or fewer "
+                "processes"
             )
         if on_bad_image not in ("error", "skip"):
             raise PosefabricError(f"on_bad_image: expected error or skip, got {on_bad_image}")
@@ -100,9 +110,8 @@ class CropLoader:
         """
         order = self.order(epoch)
         size = self.batch_size
-        self._plan.batches = [
-            order[k * size : (k + 1) * size].tolist() for k in range(start, len(self))
-        ]
+        batches = [order[k * size : (k + 1) * size] for k in range(start, len(self))]
+        self._plan.batches = [rows[share(len(rows), self.launch)].tolist() for rows in batches]
         self._runs += 1
         run = self._runs
         for loaded in self._loader:

@@ -20,6 +20,7 @@ from posefabric.data.crop import CropGeometry
 from posefabric.data.loaders import CropLoader, split_by_image
 from posefabric.data.mpii import read_mpii
 from posefabric.data.synthetic import synthetic_people
+from posefabric.distributed import place, share
 from posefabric.skeletons import Skeleton, load_skeleton
 from posefabric.structures import CropBatch, PersonDataset, PoseBatch, PosefabricError
 
@@ -168,6 +169,7 @@ class TrainingData:
             cache=config.data.cache,
             on_bad_image=config.data.on_bad_image,
             drop_last=True,
+            launch=place(),
         )
         small = optim.small_input_wh
         return cls(
@@ -257,4 +259,6 @@ class TrainingData:
             augment=self.augment,
             generator=generator,
             device=self.device,
+            rows=share(self.loader.batch_size, self.loader.launch),
+            whole=self.loader.batch_size,
         )
