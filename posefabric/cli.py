@@ -230,6 +230,9 @@ def main() -> None:
         # What all processes would say is said once.
         level = logging.WARNING if launch.rank == 0 else logging.ERROR
         logging.basicConfig(level=level, format="%(levelname)s: %(message)s")
+        if launch.ranks > 1:
+            # A lost connection is told in our words, without torch's stack traces.
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         if launch.ranks > 1 and sys.argv[1:2] not in [[name] for name in TOGETHER]:
             raise PosefabricError(
                 f"posefabric {' '.join(sys.argv[1:2])}: runs in one process, without torchrun; "

@@ -45,7 +45,7 @@ class Watch:
         self._silent_s = silent_s
         self._beats: dict[int, bytes] = {}
         self._seen = dict.fromkeys(range(launch.ranks), time.monotonic())
-        self._unreachable_since: float | None = None
+        self._cut_off = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
@@ -68,6 +68,14 @@ class Watch:
             self._store.set(f"end/{self._launch.rank}", value)
         except Exception:  # the meeting place is gone, and so is everyone to tell
             return
+        if text and self._launch.rank == 0 and not self._launch.hosted:
+            self._outlast(lost)
+
+    def _outlast(self, lost: tuple[int, ...]) -> None:
+        """Hold the meeting place until the others have read there who is gone."""
+        until, others = time.monotonic() + 2 * FOUND_S, set(self._seen) - {0, *lost}
+        while others - set(self._ends() or others) and time.monotonic() < until:
+            time.sleep(0.05)
 
     def told_by_first(self, text: str, wait_s: float = 2.0) -> bool:
         """Whether rank 0 ends with the same words; then one of them need not be printed."""
@@ -103,11 +111,14 @@ class Watch:
     def _ends(self) -> dict[int, dict[str, Any]] | None:
         """What ended ranks said; None when the meeting place is gone."""
         found = {}
+        if self._cut_off:
+            return None  # a lost connection does not come back
         try:
             for rank in range(self._launch.ranks):
                 if self._store.check([f"end/{rank}"]):
                     found[rank] = json.loads(self._store.get(f"end/{rank}"))
         except Exception:
+            self._cut_off = True
             return None
         return found
 
@@ -117,13 +128,9 @@ class Watch:
         ends = self._ends()
         if ends is None:
             # Whoever holds the meeting place took it along.
-            self._unreachable_since = self._unreachable_since or now
-            if now - self._unreachable_since < min(silent_s, FOUND_S) or own == 0:
-                return {}
-            if self._launch.hosted:
+            if own == 0 or self._launch.hosted:
                 return {}
             return {0: "has ended without a word, and the meeting place with it"}
-        self._unreachable_since = None
         bad = {r: e for r, e in ends.items() if r != own and e["text"] and not e["lost"]}
         if bad:
             return {rank: f"({self._who(rank)}) ended: {e['text']}" for rank, e in bad.items()}
@@ -152,11 +159,12 @@ class Watch:
         count, gone_since = 0, None
         while not self._stop.wait(BEAT_S):
             count += 1
-            try:
-                self._store.set(f"beat/{self._launch.rank}", str(count))
-                self._look()
-            except Exception:
-                pass  # whether the meeting place is gone is for _gone to say
+            if not self._cut_off:
+                try:
+                    self._store.set(f"beat/{self._launch.rank}", str(count))
+                    self._look()
+                except Exception:
+                    self._cut_off = True
             gone = self._gone(self._silent_s)
             if not gone:
                 gone_since = None
