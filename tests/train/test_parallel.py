@@ -183,7 +183,7 @@ def test_a_bad_picture_of_one_rank_ends_both_after_a_checkpoint(tmp_path: Path) 
     bad = make_trainer(tmp_path / "order", config).data.loader.order(0)[6]  # rank 1, second batch
 
     def read(person: Any) -> np.ndarray:
-        if person is whole.persons[bad]:
+        if person.image_id == whole.persons[bad].image_id:
             raise DataError(f"{person.file}: torn")
         return whole.read_image(person)
 
