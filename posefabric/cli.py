@@ -18,6 +18,7 @@ from posefabric.cli_output import show as show_table
 from posefabric.cli_posenfs import import_posenfs, reference
 from posefabric.cli_study import paper, study
 from posefabric.cli_train import Out, RunPath, derive, search, train
+from posefabric.distributed import from_first, is_first, joined, launched
 from posefabric.structures import PosefabricError
 
 app = App(
@@ -34,6 +35,9 @@ app.command(import_posenfs)
 app.command(reference)
 app.command(paper)
 app.command(study)
+
+# What several processes started by torchrun can do together.
+TOGETHER = ("search", "train", "derive", "eval")
 
 Which = Annotated[str, Parameter(help="auto (newest compact), mixture, compact or a child's name")]
 
@@ -66,7 +70,7 @@ def evaluate(
     from posefabric.run import RunFolder
     from posefabric.train.phase import evaluate as run_evaluate
 
-    chosen = RunFolder.open(run).resolve(which)
+    chosen = RunFolder.open(run, writes=is_first()).resolve(which)
     say(f"evaluating {chosen.describe()}")
     config = with_overrides(chosen.config, overrides)
     dataset = open_dataset(config.data, split, boxes=config.data.boxes, evaluating=True)
@@ -81,7 +85,7 @@ def evaluate(
         progress=counter("persons"),
         submission=submission,
     )
-    result["profile"] = profile(network, config.data.input_wh)
+    result["profile"] = from_first(lambda: profile(network, config.data.input_wh))
     print_table(result)
     cost = result["profile"]
     say(
@@ -222,11 +226,24 @@ def main() -> None:
     # OpenMP reads it when torch loads. Threads that wait soon sleep: those that spin, the default,
     # halve a training's speed beside any other job, and gain little alone.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        app()
+        launch = launched()
+        # What all processes would say is said once.
+        level = logging.WARNING if launch.rank == 0 else logging.ERROR
+        logging.basicConfig(level=level, format="%(levelname)s: %(message)s")
+        if launch.ranks > 1:
+            # A lost connection is told in our words, without torch's stack traces.
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        if launch.ranks > 1 and sys.argv[1:2] not in [[name] for name in TOGETHER]:
+            raise PosefabricError(
+                f"posefabric {' '.join(sys.argv[1:2])}: runs in one process, without torchrun; "
+                f"several can {', '.join(TOGETHER)}"
+            )
+        with joined(launch):
+            app()
     except PosefabricError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not getattr(error, "told", False):
+            print(f"error: {error}", file=sys.stderr)
         raise SystemExit(_exit_code(error)) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

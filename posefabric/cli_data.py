@@ -67,6 +67,43 @@ def convert(
 
 
 @data_app.command
+def shard(
+    source: Path,
+    out: Path,
+    /,
+    *overrides: str,
+    config: str | None = None,
+    per_shard: int = 1000,
+    seed: int = 0,
+) -> None:
+    """Write the pictures as WebDataset shards, for data.format=shards data.root=OUT.
+
+    Parameters
+    ----------
+    source
+        A data set's folder, as for data.root.
+    overrides
+        Options of the section data where the layout is not the default one, such as
+        data.format=mpii data.train_annotations=train.json.
+    config
+        A shipped name or a YAML file with those options.
+    per_shard
+        Pictures a shard.
+    seed
+        Of the order in which training pictures are spread over the shards.
+    """
+    from posefabric.config import load_config
+    from posefabric.data.write_shards import write_shards
+
+    data = load_config(config, overrides).data
+    data.root = str(source)
+    done = write_shards(data, out, per_shard=per_shard, seed=seed, progress=counter("pictures"))
+    for split, counts in done.items():
+        say(f"{split}: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
+    say(f"written: {out}; read it with data.format=shards data.root={out}")
+
+
+@data_app.command
 def synthetic(
     out: Path, /, *, skeleton: str = "coco17", train: int = 200, val: int = 50, seed: int = 0
 ) -> None:

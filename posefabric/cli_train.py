@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
 from posefabric.cli_output import print_table, say
+from posefabric.distributed import from_first, is_first
 from posefabric.structures import PosefabricError
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ def search(
     given = {"model.parts": parts, "search.budget": budget}
     overrides += tuple(f"{name}={value}" for name, value in given.items() if value is not None)
 
-    run = _open_or_create(out, "search", config, overrides, resume=resume)
+    run = _shared(lambda: _open_or_create(out, "search", config, overrides, resume=resume))
     if run.state == "finished":
         say(f"{run.path}: is finished already")
         return
@@ -73,23 +75,27 @@ def derive(
 
     if budget is not None:
         overrides = (*overrides, f"derive.budget={budget}")
-    opened = RunFolder.open(run)
-    check_derivable(opened)
-    parent = opened.resolve("mixture")
-    config = with_overrides(parent.config, overrides)
-    child = parent.new_child("derive", config)
-    _, record = _failing_marked(child, lambda: run_derive(parent, child))
+
+    def derived() -> tuple[Path, dict]:
+        opened = RunFolder.open(run)
+        check_derivable(opened)
+        parent = opened.resolve("mixture")
+        child = parent.new_child("derive", with_overrides(parent.config, overrides))
+        _, record = _failing_marked(child, lambda: run_derive(parent, child))
+        return child.path, record
+
+    path, record = from_first(derived)
     for step, counts in record["steps"].items():
         say(f"{step:>10}: " + ", ".join(f"{v} {k}" for k, v in counts.items()))
     for step, value in record["differences"].items():
         say(f"{step:>10}: outputs moved by {value:.2e} of the largest")
     say(
-        f"derived: {child.path}: {record['macs'] / 1e6:.1f} M multiply-adds, "
+        f"derived: {path}: {record['macs'] / 1e6:.1f} M multiply-adds, "
         f"{record['params'] / 1e6:.2f} M parameters"
         + (f", within {record['budget']}" if record["budget"] else "")
     )
-    if finetune or config.derive.finetune:
-        train(str(child.path))
+    if finetune or RunFolder.open(path).config.derive.finetune:
+        train(str(path))
 
 
 def train(
@@ -115,21 +121,25 @@ def train(
     if out is not None or _is_config(run):
         _train_baseline(run, overrides, out, resume=resume)
         return
-    opened = RunFolder.open(str(run))
+    opened = RunFolder.open(str(run), writes=is_first())
     if resume:
-        child = _unfinished_child(opened)
+        found = from_first(lambda: _unfinished_child(opened).path)
+        child = RunFolder.open(found, writes=is_first())
         if child.config.model.network != "fabric" and child.parent is None:
             _train_baseline(None, overrides, child.path, resume=True)
             return
-        child = RunFolder.create(
-            child.path, config=with_overrides(child.config, overrides), kind="train", exist_ok=True
+        settings = with_overrides(child.config, overrides)
+        child = _shared(
+            lambda: RunFolder.create(found, config=settings, kind="train", exist_ok=True)
         )
-        parent = child.parent
-        if parent is None:
-            raise PosefabricError(f"{child.path}: the run it was derived from is gone")
     else:
-        parent = opened.resolve("compact")
-        child = parent.new_child("train", with_overrides(parent.config, overrides))
+        compact = from_first(lambda: opened.resolve("compact").path)
+        above = RunFolder.open(compact, writes=is_first())
+        settings = with_overrides(above.config, overrides)
+        child = _shared(lambda: above.new_child("train", settings))
+    parent = child.parent
+    if parent is None:
+        raise PosefabricError(f"{child.path}: the run it was derived from is gone")
     say(f"training {parent.describe()} on, in {child.path}")
     _, result = _failing_marked(child, lambda: finetune(parent, child))
     print_table(result)
@@ -158,7 +168,7 @@ def _train_baseline(
         raise PosefabricError(
             f"{config}: is a run folder, whose trainings are its children; leave out --out"
         )
-    run = _open_or_create(out, "train", config, overrides, resume=resume)
+    run = _shared(lambda: _open_or_create(out, "train", config, overrides, resume=resume))
     if run.state == "finished":
         say(f"{run.path}: is finished already")
         return
@@ -202,13 +212,28 @@ def _open_or_create(
 def _with_learned_parts(settings: Config) -> Config:
     """The run keeps the parts themselves: what is read later is what was searched."""
     from posefabric.data.pipeline import open_dataset
-    from posefabric.evaluate.groups import learn_parts, part_count
+    from posefabric.evaluate.groups import learn_parts, part_count, sample_persons
 
-    found = learn_parts(open_dataset(settings.data, "train"), part_count(str(settings.model.parts)))
+    dataset = sample_persons(open_dataset(settings.data, "train", evaluating=True))
+    found = learn_parts(dataset, part_count(str(settings.model.parts)))
     for name, members in found.parts.items():
         say(f"{name}: {', '.join(members)}")
     model = settings.model.model_copy(update={"parts": found.parts})
     return settings.model_copy(update={"model": model})
+
+
+def _shared(make: Callable[[], RunFolder]) -> RunFolder:
+    """The first process makes or takes up the run; the others open it and write nothing."""
+    from posefabric.run import RunFolder
+
+    made: list[RunFolder] = []
+
+    def make_first() -> Path:
+        made.append(make())
+        return made[0].path
+
+    path = from_first(make_first)
+    return made[0] if made else RunFolder.open(path, writes=False)
 
 
 def _unfinished_child(run: RunFolder) -> RunFolder:

@@ -33,7 +33,7 @@ class DataConfig(Section):
     File names are relative to ``root``, which comes from the command line.
     """
 
-    format: Literal["coco", "mpii", "synthetic"] = "coco"
+    format: Literal["coco", "mpii", "synthetic", "shards"] = "coco"
     root: str | None = None
     skeleton: str = "coco17"
     train_annotations: str = "annotations/train.json"
@@ -97,8 +97,13 @@ class DataConfig(Section):
         default=None, description="flip test moves mirrored maps by one pixel; none: by preset"
     )
     workers: int = Field(default=1, ge=0)
-    cache: bool = Field(
-        default=True, description="keep decoded uint8 crops in memory after the first epoch"
+    cache: bool | Literal["memory", "device", "off"] = Field(
+        default=True,
+        description="where decoded uint8 crops stay after the first epoch: memory (true), the "
+        "device (nothing is moved to it any more), or off (false)",
+    )
+    shard_window: int = Field(
+        default=16, ge=1, description="format=shards: shards whose persons are mixed at a time"
     )
 
     @field_validator("input_wh")

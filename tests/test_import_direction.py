@@ -40,6 +40,7 @@ TORCH_FREE = (
     "posefabric.structures",
     "posefabric.config",
     "posefabric.run",
+    "posefabric.distributed",
     "posefabric.skeletons",
     "posefabric.data.coco",
     "posefabric.data.image",

@@ -91,9 +91,13 @@ def make_trainer(
     strategy: Strategy | None = None,
     dataset: PersonDataset | None = None,
     validate: Callable[[Any], dict[str, float]] | None = None,
+    writes: bool = True,
 ) -> Trainer:
     """A trainer in a new or an existing run folder, as a fresh process would make it."""
-    run = RunFolder.create(folder, config=config, kind="search", exist_ok=True)
+    if writes:
+        run = RunFolder.create(folder, config=config, kind="search", exist_ok=True)
+    else:
+        run = RunFolder.open(folder, writes=False)
     network = build_supernet(config)
     optim: OptimConfig = config.search
     strategy = strategy or STRATEGIES[config.search.strategy](config.search)
@@ -116,6 +120,7 @@ def make_trainer(
         phase="search",
         seed=config.seed,
         device=torch.device("cpu"),
+        sync_norms=config.sync_norms,
         validate=validate,
     )
 

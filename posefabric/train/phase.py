@@ -10,6 +10,7 @@ import torch
 
 from posefabric.config import Config, OptimConfig
 from posefabric.data.pipeline import TrainingData, make_codec, make_geometry, open_dataset
+from posefabric.distributed import gather, place
 from posefabric.evaluate.kept import save_predictions
 from posefabric.evaluate.runner import evaluate_network
 from posefabric.models.build import choose_device
@@ -68,10 +69,12 @@ def train_phase(
         seed=config.seed,
         device=device,
         held_out=held_out,
+        sync_norms=config.sync_norms,
         validate=lambda current: headline(evaluate(current, config, validation, device=device)),
     )
     trainer.fit()
-    save_weights(run.weights_path, network)
+    if run.writes:
+        save_weights(run.weights_path, network)
     run.write_text(run.architecture_path.name, network.architecture().to_json())
     result = evaluate(
         network,
@@ -84,6 +87,7 @@ def train_phase(
     result["train_precision"] = trainer.precision
     result["train_cpu_seconds"] = trainer.cpu_seconds
     result["train_steps"] = trainer.step
+    result["train_processes"] = place().ranks
     result["skipped_steps"] = trainer.skipped_steps
     unreadable = dict(data.loader.unreadable)
     if held_out is not None:
@@ -91,6 +95,7 @@ def train_phase(
         result["train_persons"] = len(data.loader.rows)
         result["held_out_persons"] = len(held_out.loader.rows)
         result["skipped_architecture_steps"] = trainer.skipped_architecture_steps
+    unreadable = {file: why for found in gather(unreadable) for file, why in found.items()}
     result["unreadable_train_files"] = len(unreadable)
     if unreadable:
         _log.warning("%d unreadable training pictures were skipped", len(unreadable))
