@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -133,7 +134,7 @@ def _context(alone: bool) -> Any:
 
 def _serve(connection: Connection, target: Callable[..., None], options: dict[str, Any]) -> None:
     # Progress lines of a training are not the bench's.
-    with open(os.devnull, "w") as nowhere:
+    with Path(os.devnull).open("w") as nowhere:
         sys.stdout = nowhere
         try:
             target(Gate(connection), **options)
@@ -141,7 +142,7 @@ def _serve(connection: Connection, target: Callable[..., None], options: dict[st
             _send_error(connection, str(error))
         except BaseException as error:
             last = traceback.extract_tb(error.__traceback__)[-1]
-            where = f"{os.path.basename(last.filename)}:{last.lineno}"
+            where = f"{Path(last.filename).name}:{last.lineno}"
             _send_error(connection, f"{type(error).__name__}: {error} ({where})")
         finally:
             sys.stdout = sys.__stdout__

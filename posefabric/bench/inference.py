@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from posefabric.data.pipeline import make_codec, make_geometry, open_dataset
 from posefabric.evaluate.runner import predict_dataset
 from posefabric.models.build import build_baseline, build_supernet
 from posefabric.models.network import PoseNetwork
-from posefabric.structures import PosefabricError
 from posefabric.train.precision import resolve_precision
 
 RUNTIMES = ("onnxruntime", "openvino")
@@ -87,7 +86,7 @@ def evaluation_rounds(
     """
     device = torch.device("cpu")
     dataset = open_dataset(config.data, "train", evaluating=True)
-    dataset = type(dataset)(**{**vars(dataset), "persons": dataset.persons[:persons]})
+    dataset = dataclasses.replace(dataset, persons=dataset.persons[:persons])
     own = own_network(config, device)
     networks: dict[str, nn.Module] = {
         "ours": own,
@@ -112,13 +111,6 @@ def evaluation_rounds(
     answer_turns(gate, lambda: {"took": interleaved(arms, plan), "persons": len(dataset)})
 
 
-def runtime_missing(name: str) -> str | None:
-    """Why a runtime cannot be used: it is not installed."""
-    if importlib.util.find_spec(name) is None:
-        return f"{name} is not installed"
-    return None
-
-
 def runtime_arm(name: str, path: Path, crops: np.ndarray, *, threads: int) -> Arm:
     """Seconds of one run of an exported network on uint8 crops (B, H, W, 3)."""
     run = RUNNERS[name](path, threads)
@@ -136,10 +128,8 @@ def _onnxruntime(path: Path, threads: int) -> Callable[[np.ndarray], Any]:
 
 
 def _openvino(path: Path, threads: int) -> Callable[[np.ndarray], Any]:
-    try:
-        import openvino  # type: ignore[import-not-found]
-    except ImportError as error:
-        raise PosefabricError(f"openvino is not installed: {error}") from error
+    import openvino  # type: ignore[import-not-found]
+
     core = openvino.Core()
     settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
     request = core.compile_model(str(path), "CPU", settings).create_infer_request()

@@ -13,7 +13,7 @@ from posefabric.structures import PosefabricError
 
 Clock = Callable[[], float]
 Arm = Callable[[], float]
-SPREAD = (0.1, 0.9)
+QUANTILES = (0.1, 0.5, 0.9)
 
 
 @dataclass(frozen=True)
