@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 
-from posefabric.bench.rows import Missing
+from posefabric.bench.rows import Line, Missing, Row
 from posefabric.bench.subjects import SUBJECTS, Subject
 from posefabric.bench.timing import Clock, Rounds
 from posefabric.data.synthetic import synthetic_people, write_coco
 from posefabric.skeletons import load_skeleton
+from posefabric.structures import PosefabricError
 
 NO_GPU = "no GPU: torch sees none here"
 
@@ -138,6 +139,13 @@ class Bench:
             yield Missing(gpu, NO_GPU)
         else:
             yield self.too_late(gpu) or Place(gpu, "cuda")
+
+    def attempt(self, name: str, measure: Callable[[], Row]) -> Line:
+        """The row, or that and why it could not be measured: one failure does not end the rest."""
+        try:
+            return measure()
+        except PosefabricError as error:
+            return Missing(name, f"failed: {error}")
 
     def within(self, plan: Rounds) -> Rounds:
         """The plan, cut to the time that is left."""

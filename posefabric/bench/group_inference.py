@@ -2,46 +2,46 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
-from posefabric.bench.context import Bench
+from posefabric.bench.context import Bench, Place
 from posefabric.bench.fresh import once
 from posefabric.bench.group_steps import step_rounds
 from posefabric.bench.inference import forward_rounds
 from posefabric.bench.released import BASELINE
-from posefabric.bench.rows import Line, Missing, speed_row
-from posefabric.bench.subjects import PEERS
+from posefabric.bench.rows import Line, Missing, Row, speed_row
+from posefabric.bench.subjects import PEERS, Subject
 from posefabric.bench.training import own_steps
 
 
 def inference(bench: Bench) -> Iterator[Line]:
     """A forward pass of the mixture with everything in it, as evaluation runs it."""
     for subject in bench.subjects:
-        batch = subject.images(quick=bench.quick)
         for place in bench.places(f"inference.{subject.name}"):
             if isinstance(place, Missing):
                 yield place
                 continue
-            config = subject.config()
-            found = once(
-                forward_rounds,
-                configs={"ours": config, "theirs": config},
-                batch=batch,
-                device=place.device,
-                plan=bench.within(bench.effort.forwards),
-            )
-            yield speed_row(
-                place.name,
-                ours=found["took"]["ours"],
-                theirs=found["took"]["theirs"],
-                count=batch,
-                baseline=BASELINE,
-                conditions={
-                    "batch": batch,
-                    "device": place.device,
-                    "precision": found["precision"],
-                },
-            )
+            yield bench.attempt(place.name, functools.partial(_row, bench, subject, place))
+
+
+def _row(bench: Bench, subject: Subject, place: Place) -> Row:
+    batch, config = subject.images(quick=bench.quick), subject.config()
+    found = once(
+        forward_rounds,
+        configs={"ours": config, "theirs": config},
+        batch=batch,
+        device=place.device,
+        plan=bench.within(bench.effort.forwards),
+    )
+    return speed_row(
+        place.name,
+        ours=found["took"]["ours"],
+        theirs=found["took"]["theirs"],
+        count=batch,
+        baseline=BASELINE,
+        conditions={"batch": batch, "device": place.device, "precision": found["precision"]},
+    )
 
 
 def peers_in_eager(bench: Bench) -> Iterator[Line]:

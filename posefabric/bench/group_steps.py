@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 
-from posefabric.bench.context import Bench
+from posefabric.bench.context import Bench, Place
 from posefabric.bench.fresh import Fresh
 from posefabric.bench.released import BASELINE
 from posefabric.bench.rows import Line, Missing, Row, speed_row
@@ -16,7 +17,8 @@ from posefabric.bench.training import own_steps, yardstick_steps
 from posefabric.config import Config
 
 StepArm = tuple[Callable[..., None], Config]
-WARM_STEPS = 2
+# Moments of the optimiser are there from the second step on.
+PEAK_STEPS = 3
 
 
 def step_rounds(
@@ -43,42 +45,45 @@ def against_yardstick(subject: Subject) -> dict[str, StepArm]:
 def search_step(bench: Bench) -> Iterator[Line]:
     """A step of search: forward, loss, backward, optimiser, with all that the loop does."""
     for subject in bench.subjects:
-        batch = subject.images(quick=bench.quick)
         for place in bench.places(f"search_step.{subject.name}"):
             if isinstance(place, Missing):
                 yield place
                 continue
-            plan = bench.within(bench.effort.steps)
-            arms = against_yardstick(subject)
-            took = step_rounds(arms, batch=batch, device=place.device, plan=plan)
-            yield speed_row(
-                place.name,
-                ours=took["ours"],
-                theirs=took["theirs"],
-                count=batch,
-                baseline=BASELINE,
-                conditions={"batch": batch, "device": place.device},
-            )
+            yield bench.attempt(place.name, functools.partial(_step_row, bench, subject, place))
+
+
+def _step_row(bench: Bench, subject: Subject, place: Place) -> Row:
+    batch = subject.images(quick=bench.quick)
+    plan = bench.within(bench.effort.steps)
+    took = step_rounds(against_yardstick(subject), batch=batch, device=place.device, plan=plan)
+    return speed_row(
+        place.name,
+        ours=took["ours"],
+        theirs=took["theirs"],
+        count=batch,
+        baseline=BASELINE,
+        conditions={"batch": batch, "device": place.device},
+    )
 
 
 def peak_memory(bench: Bench) -> Iterator[Line]:
     """The peak of a step of search above its process's start; each in a new interpreter."""
     for subject in bench.subjects:
-        batch = subject.images(quick=bench.quick)
         for place in bench.places(f"memory.{subject.name}"):
             if isinstance(place, Missing):
                 yield place
                 continue
-            peaks: dict[str, list[float]] = {"ours": [], "theirs": []}
-            for _ in range(bench.effort.processes_memory):
-                for arm, (target, config) in against_yardstick(subject).items():
-                    with Fresh(
-                        target, alone=True, config=config, batch=batch, device=place.device
-                    ) as process:
-                        for _ in range(WARM_STEPS):
-                            process.ask()
-                        peaks[arm].append(process.ask()[1])
-            yield memory_row(place.name, peaks, conditions={"batch": batch, "device": place.device})
+            yield bench.attempt(place.name, functools.partial(_peak_row, bench, subject, place))
+
+
+def _peak_row(bench: Bench, subject: Subject, place: Place) -> Row:
+    batch, device = subject.images(quick=bench.quick), place.device
+    peaks: dict[str, list[float]] = {"ours": [], "theirs": []}
+    for _ in range(bench.effort.processes_memory):
+        for arm, (target, config) in against_yardstick(subject).items():
+            with Fresh(target, alone=True, config=config, batch=batch, device=device) as process:
+                peaks[arm].append([process.ask()[1] for _ in range(PEAK_STEPS)][-1])
+    return memory_row(place.name, peaks, conditions={"batch": batch, "device": device})
 
 
 def memory_row(name: str, peaks: Mapping[str, list[float]], *, conditions: dict) -> Row:

@@ -104,7 +104,5 @@ def ratio_of(above: Sequence[float], below: Sequence[float]) -> Ratio:
 
 def spread_of(values: Sequence[float]) -> Ratio:
     """Median, first and last decile (interpolated between the values) of at least one value."""
-    low, median, high = np.quantile(
-        np.asarray(values, dtype=np.float64), (SPREAD[0], 0.5, SPREAD[1])
-    )
+    low, median, high = np.quantile(np.asarray(values, dtype=np.float64), QUANTILES)
     return Ratio(median=float(median), low=float(low), high=float(high))
