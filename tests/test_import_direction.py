@@ -30,7 +30,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("deploy",),
     ("study", "bench"),
     ("cli_output",),
-    ("cli_data", "cli_posenfs", "cli_study", "cli_train"),
+    ("cli_bench", "cli_data", "cli_posenfs", "cli_study", "cli_train"),
     ("cli",),
     ("__main__",),
 )
