@@ -28,7 +28,7 @@ def in_ranks(
     *,
     ranks: int = 2,
     silent_s: float = 60.0,
-    wait_s: float = 60.0,
+    wait_s: float = 300.0,
 ) -> list[Any]:
     """What ``work(rank)`` returned on each rank, the text of its PosefabricError, or None.
 

@@ -88,6 +88,7 @@ def train_phase(
     result["train_cpu_seconds"] = trainer.cpu_seconds
     result["train_steps"] = trainer.step
     result["train_processes"] = place().ranks
+    result["train_wait_seconds"] = data.wait_seconds
     result["skipped_steps"] = trainer.skipped_steps
     unreadable = dict(data.loader.unreadable)
     if held_out is not None:

@@ -130,7 +130,7 @@ def test_gradients_are_those_of_the_whole_batch(loss: str, tmp_path: Path) -> No
                 assert found[name] is None, name
                 continue
             scale = float(gradient.abs().max()) + 1e-6
-            assert float((found[name] - gradient).abs().max()) < 1e-10 * scale, name
+            assert float((found[name] - gradient).abs().max()) < 1e-10 * scale + 1e-14, name
 
 
 @pytest.mark.slow
