@@ -67,7 +67,7 @@ def test_a_search_step_a_turn_by_the_packages_own_trainer(monkeypatch) -> None:
     assert trainer.step == len(gate.answers) == 3 and trainer.skipped_steps == 0
     assert all(seconds > 0 and peak >= 0 for seconds, peak in gate.answers)
     assert trainer.strategy.name == "synchronous" and not trainer.network.graph.faithful
-    moved = trainer.network.alphas["whole"].detach()  # type: ignore[union-attr,index]
+    (moved,) = trainer.network.alphas.parameters()  # type: ignore[union-attr]
     assert moved.abs().max() > 0
     assert not trainer.run.path.exists()
 
