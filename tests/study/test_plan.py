@@ -109,11 +109,11 @@ def test_a_wrong_file_is_told(tmp_path: Path, sections: dict, words: list[str]) 
 
 
 def test_an_arm_that_cannot_run_is_told_before_anything_runs(tmp_path: Path) -> None:
-    with pytest.raises(PosefabricError, match="arm odd.*search.epoch"):
+    with pytest.raises(PosefabricError, match=r"arm odd.*search.epoch"):
         plan(tmp_path / "s.yaml", arms={"odd": {"overrides": ["search.epoch=1"]}})
-    with pytest.raises(PosefabricError, match="arm base: .*nothing to search"):
+    with pytest.raises(PosefabricError, match=r"arm base: .*nothing to search"):
         plan(tmp_path / "s.yaml", arms={"base": {"steps": "search", "overrides": SIMPLE}})
-    with pytest.raises(PosefabricError, match="shipped: .*ablation"):
+    with pytest.raises(PosefabricError, match=r"shipped: .*ablation"):
         load_study("no_such_study")
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(PosefabricError, match="expected name"):
