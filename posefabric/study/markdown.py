@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from posefabric.study.hits import Hits
-from posefabric.study.plan import PlannedRun, StudyFile
+from posefabric.study.plan import PlannedRun, StudyFile, shipped_studies
 from posefabric.study.rows import Row
 from posefabric.study.statistics import RESAMPLES
 from posefabric.study.verdicts import Verdict
@@ -133,7 +133,8 @@ def runs_table(rows: Sequence[Row], failed: Sequence[Row]) -> list[str]:
 def commands_list(study: StudyFile, rows: Sequence[Row]) -> list[str]:
     """The study's own command, and the first run of each arm by hand."""
     lines = ["## Commands", "", "```bash"]
-    lines.append(f"posefabric study {study.name}.yaml data.root=DIR --out STUDY")
+    file = study.name if study.name in shipped_studies() else f"{study.name}.yaml"
+    lines.append(f"posefabric study {file} data.root=DIR --out STUDY")
     seen = set()
     for row in rows:
         if row["arm"] not in seen and row["commands"]:
