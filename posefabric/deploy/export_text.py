@@ -19,7 +19,7 @@ def printable(table: Mapping[str, Any]) -> Table:
     """The table for a terminal."""
     measures = measure_names(table)
     sizes = list(table["rows"][0]["latency"])
-    made = Table(caption=caption(table), caption_justify="left")
+    made = Table(caption=table_caption(table), caption_justify="left")
     headers = headers_of(measures, sizes)
     for k, header in enumerate(headers):
         made.add_column(header, justify="right" if k else "left")
@@ -55,7 +55,7 @@ def cells_of(row: Mapping[str, Any], measures: Sequence[str], sizes: Sequence[st
     return cells
 
 
-def caption(table: Mapping[str, Any]) -> str:
+def table_caption(table: Mapping[str, Any]) -> str:
     """Under which conditions the table was made, in words."""
     given, machine = table["conditions"], table["machine"]
     said = [

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from posefabric.deploy.charts import Series
-from posefabric.deploy.export_text import caption, cells_of, headers_of, measure_names
+from posefabric.deploy.export_text import cells_of, headers_of, measure_names, table_caption
 from posefabric.deploy.metro import architecture_image, describe_architecture
 from posefabric.deploy.report import Cell, Section
 from posefabric.deploy.report_headline import (
@@ -164,7 +164,7 @@ def shipped_section(table: Mapping[str, Any]) -> Section:
             cells[0] = Cell(f"{row['variant']} (lost too much, not written)", tone="bad")
         rows.append(cells)
     section = Section("Shipped").add_table(headers_of(measures, sizes), rows)
-    return section.add_text(caption(table).replace("\n", "\n\n"))
+    return section.add_text(table_caption(table).replace("\n", "\n\n"))
 
 
 def pictures_section(pictures: Mapping[str, np.ndarray]) -> Section:

@@ -239,7 +239,7 @@ def test_what_is_asked_in_vain_is_said_before_anything_is_written(
     assert "nowhere: no such folder" in refused(
         path, "--quantize", "int8", "data.format=coco", missing
     )
-    assert "no such" in refused(str(tmp_path / "none")) or True
+    assert str(tmp_path / "none") in refused(str(tmp_path / "none"))
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn" / "run.json").write_text("{")
     assert "run.json" in refused(str(tmp_path / "torn"))
