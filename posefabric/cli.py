@@ -112,13 +112,14 @@ def predict(
     box_score: float = 0.0,
     threshold: float = 0.2,
     no_overlays: bool = False,
+    input_wh: tuple[int, int] | None = None,
 ) -> None:
     """Find joints in pictures: COCO-style JSON and overlays.
 
     Parameters
     ----------
     run
-        A run folder, or a model.onnx, which needs no torch.
+        A run folder, or a model.onnx or model.xml (OpenVINO), which need no torch.
     inputs
         Pictures, folders or globs.
     boxes
@@ -128,13 +129,23 @@ def predict(
         Leave out detected boxes with a lower score; detectors list many weak ones.
     threshold
         Draw joints from this score on.
+    input_wh
+        Width and height of the network's input, of a file exported with --dynamic-size.
     """
     from posefabric.deploy.prediction_files import predict_files
 
     if run.suffix == ".onnx":
         from posefabric.deploy.onnx_predictor import OnnxPoseEstimator
 
-        estimator = OnnxPoseEstimator(run)
+        estimator = OnnxPoseEstimator(run, input_wh=input_wh)
+    elif run.suffix == ".xml":
+        from posefabric.deploy.openvino_predictor import OpenvinoPoseEstimator
+
+        estimator = OpenvinoPoseEstimator(run, input_wh=input_wh)
+    elif input_wh is not None:
+        raise PosefabricError(
+            "--input-wh is for files exported with --dynamic-size; a run's network has its own"
+        )
     else:
         from posefabric.deploy.predictor import PoseEstimator
 
@@ -162,18 +173,65 @@ def export(
     out: Path | None = None,
     which: Which = "auto",
     no_decode: Annotated[bool, Parameter(help="leave decoding to the predictor")] = False,
+    dynamic_size: bool = False,
+    quantize: Literal["int8", "bf16"] | None = None,
+    openvino: bool = False,
+    max_loss: float = 0.5,
+    no_measure: bool = False,
 ) -> None:
-    """Export to ONNX, and check it against torch on validation pictures."""
+    """Export to ONNX and OpenVINO; check against torch, measure accuracy and latency.
+
+    Every file is compared with torch on validation pictures, measured on the validation persons
+    through its own runtime, and timed: the table is printed, in model.json, and in the report.
+
+    Parameters
+    ----------
+    out
+        The ONNX file, none: model.onnx in the run; the other files lie beside it.
+    dynamic_size
+        Input height and width are free, in steps of 32 pixels; the predictor decodes.
+    quantize
+        Also write the network in int8 (calibrated on training persons), or, with --openvino and
+        on a CPU that has it, in bf16.
+    openvino
+        Also write model.xml and model.bin.
+    max_loss
+        A quantised file that loses more points of PCK or AP is not written; exit code 1.
+    no_measure
+        Only check against torch.
+    """
+    from posefabric.deploy.export_text import printable
     from posefabric.deploy.run_export import export_run
     from posefabric.run import RunFolder
 
     opened = RunFolder.open(run)
     chosen = opened.resolve(which).overridden(overrides)
     say(f"exporting {chosen.describe()}")
-    path, check = export_run(chosen, out or opened.onnx_path, decode=not no_decode)
-    for key, value in check.items():
+    result = export_run(
+        chosen,
+        out or opened.onnx_path,
+        decode=not no_decode,
+        dynamic_size=dynamic_size,
+        quantize=quantize,
+        openvino=openvino,
+        max_loss=max_loss,
+        measure=not no_measure,
+        progress=counter("persons"),
+    )
+    for key, value in result.check.items():
         say(f"{key}: {value}")
-    say(f"written: {path}")
+    for row in result.recipes:
+        taken = ", taken" if row["chosen"] else ""
+        say(f"int8, {row['recipe']}: maxima move {row['moved_cells']:.3f} heatmap cells{taken}")
+    for name, check in result.checks.items():
+        facts = ", ".join(f"{key} {value:.3g}" for key, value in check.items())
+        say(f"{name} against torch: {facts}")
+    if result.table is not None:
+        show_table(printable(result.table))
+    for path in result.files:
+        say(f"written: {path}")
+    if result.refused:
+        raise PosefabricError("\n".join(result.refused))
 
 
 @app.command

@@ -48,6 +48,7 @@ TORCH_FREE = (
     "posefabric.space.architecture",
     "posefabric.cli",
     "posefabric.deploy.onnx_predictor",
+    "posefabric.deploy.openvino_predictor",
 )
 
 FILES = sorted(ROOT.rglob("*.py"))

@@ -178,7 +178,8 @@ def evaluate_network(
 
     Args:
         parts: none: the parts of the network's own architecture, where it tells one.
-        keep_predictions: adds ``predictions``, a list in the COCO results format before NMS.
+        keep_predictions: adds ``predictions``: the persons that AP is measured on, rescored and
+            after OKS-NMS under the same options, in the COCO results format.
         on_predictions: called with the predictions before they are measured.
         submission: where to write the predictions for a test server (see write_submission); adds
             ``submission``, what was written.
@@ -224,14 +225,13 @@ def evaluate_network(
         input_wh=[int(side) for side in geometry.input_wh],
         unreadable=unreadable,
     )
+    chosen = {name: value for name, value in measures.items() if name in COCO_OPTIONS}
+    chosen["input_wh"] = geometry.input_wh
     if keep_predictions:
-        result["predictions"] = coco_results(dataset, predictions, nms_threshold=None)
+        result["predictions"] = coco_results(dataset, predictions, **chosen)
     if submission is not None:
-        options = {name: value for name, value in measures.items() if name in COCO_OPTIONS}
         result["submission"] = from_first(
-            lambda: write_submission(
-                dataset, predictions, submission, input_wh=geometry.input_wh, **options
-            )
+            lambda: write_submission(dataset, predictions, submission, **chosen)
         )
     return result
 

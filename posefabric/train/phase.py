@@ -9,7 +9,13 @@ from typing import Any
 import torch
 
 from posefabric.config import Config, OptimConfig
-from posefabric.data.pipeline import TrainingData, make_codec, make_geometry, open_dataset
+from posefabric.data.pipeline import (
+    TrainingData,
+    make_codec,
+    make_conventions,
+    make_geometry,
+    open_dataset,
+)
 from posefabric.distributed import gather, place
 from posefabric.evaluate.kept import save_predictions
 from posefabric.evaluate.runner import evaluate_network
@@ -141,25 +147,31 @@ def evaluate(
             f"data.channel_order={config.data.channel_order}: this network was trained on "
             f"{network.graph.channel_order}; leave the option out"
         )
-    chosen = config.evaluation
-    if chosen.nms_area is not None:
-        options.setdefault("nms_area", chosen.nms_area)
     return evaluate_network(
         network,
         dataset,
         geometry=make_geometry(config.data),
         codec=make_codec(config.data),
         normalisation=network.normalisation,
-        flip=chosen.flip_test if flip is None else flip,
+        flip=config.evaluation.flip_test if flip is None else flip,
         device=device,
         on_bad_image=config.data.on_bad_image,
-        score_threshold=chosen.rescore_threshold,
-        nms_threshold=chosen.nms_threshold,
-        pck_threshold=chosen.pck_threshold,
-        pckh_threshold=chosen.pckh_threshold,
-        legacy_pckh=chosen.legacy_pckh,
-        **options,
+        **{**measure_options(config), **options},
     )
+
+
+def measure_options(config: Config) -> dict[str, Any]:
+    """How the options want predictions measured: arguments of evaluate_predictions."""
+    chosen, rules = config.evaluation, make_conventions(config.data)
+    return {
+        "score_threshold": chosen.rescore_threshold,
+        "nms_threshold": chosen.nms_threshold,
+        "nms_area": chosen.nms_area or rules.nms_area,
+        "box_padding": rules.box_padding,
+        "pck_threshold": chosen.pck_threshold,
+        "pckh_threshold": chosen.pckh_threshold,
+        "legacy_pckh": chosen.legacy_pckh,
+    }
 
 
 def headline(result: dict[str, Any]) -> dict[str, float]:
