@@ -106,6 +106,10 @@ class StudyFile(Section):
         for name, arm in self.arms.items():
             if name.endswith(EQUAL):
                 raise ValueError(f"arm {name}: {EQUAL} ends names of runs at equal compute")
+            if arm.seeds is not None and (not arm.seeds or not {*arm.seeds} <= {*self.seeds}):
+                raise ValueError(
+                    f"arm {name}: seeds: expected some of {self.seeds}, got {arm.seeds}"
+                )
             if arm.compute != "epochs":
                 self.reference_of(name)
         known = self.variants()

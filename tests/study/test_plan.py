@@ -68,6 +68,15 @@ def test_the_command_line_is_above_all(tmp_path: Path) -> None:
     assert run.config.search.epochs == 7
 
 
+def test_an_arm_may_have_few_of_the_seeds(tmp_path: Path) -> None:
+    arms = {"slow": {"steps": "search", "seeds": [2]}, "quick": {"steps": "search"}}
+    runs = plan(tmp_path / "s.yaml", arms=arms, seeds=[1, 2], overrides=[])
+    assert [(r.seed, r.arm) for r in runs] == [(1, "quick"), (2, "slow"), (2, "quick")]
+    arms["slow"]["seeds"] = [3]
+    with pytest.raises(PosefabricError, match=r"arm slow: seeds: expected some of \[1, 2\]"):
+        plan(tmp_path / "s.yaml", arms=arms, seeds=[1, 2])
+
+
 def test_both_comparisons_are_two_runs_with_the_search_before(tmp_path: Path) -> None:
     arms = {
         "simple": {"steps": "train", "overrides": SIMPLE, "compute": "both"},
@@ -133,7 +142,8 @@ def test_a_shipped_study(name: str) -> None:
     study = load_study(name)
     assert study.name == name and len(study.seeds) >= 3 and study.claims
     runs = plan_runs(study, ["data.root=DIR"])
-    assert len(runs) == len(study.seeds) * len(study.variants()) == len({r.key for r in runs})
+    seeds = [len(study.arms[arm].seeds or study.seeds) for arm, _ in study.variants().values()]
+    assert len(runs) == sum(seeds) == len({r.key for r in runs})
 
 
 def test_the_strategies_see_equally_many_persons() -> None:
@@ -142,7 +152,8 @@ def test_the_strategies_see_equally_many_persons() -> None:
         assert search.batch_size == train.batch_size
         share = 1 - search.architecture_share if "order" in search.strategy else 1
         assert search.epochs * share == pytest.approx(train.epochs)
-        assert run.config.data.input_wh == (96, 96) and run.config.data.skeleton == "lsp14"
+        assert not search.sparsity and search.relaxation == "softmax"
+        assert run.config.data.input_wh == (64, 64) and run.config.data.skeleton == "lsp14"
 
 
 @pytest.mark.slow
