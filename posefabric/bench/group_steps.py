@@ -13,9 +13,11 @@ from posefabric.bench.released import BASELINE
 from posefabric.bench.rows import Line, Missing, Row, speed_row
 from posefabric.bench.subjects import Subject
 from posefabric.bench.timing import Rounds, interleaved, ratio_of
-from posefabric.bench.training import own_steps, yardstick_steps
+from posefabric.bench.training import has_fast_path, on_plain_path, own_steps, yardstick_steps
 from posefabric.config import Config
+from posefabric.structures import PosefabricError
 
+PLAIN = "plain_path"
 StepArm = tuple[Callable[..., None], Config]
 # Moments of the optimiser are there from the second step on.
 PEAK_STEPS = 3
@@ -49,21 +51,31 @@ def search_step(bench: Bench) -> Iterator[Line]:
             if isinstance(place, Missing):
                 yield place
                 continue
-            yield bench.attempt(place.name, functools.partial(_step_row, bench, subject, place))
+            try:
+                yield from _step_rows(bench, subject, place)
+            except PosefabricError as error:
+                yield Missing(place.name, f"failed: {error}")
 
 
-def _step_row(bench: Bench, subject: Subject, place: Place) -> Row:
+def _step_rows(bench: Bench, subject: Subject, place: Place) -> Iterator[Row]:
+    """The default and, where that is another, the plain path; in the same rounds."""
     batch = subject.images(quick=bench.quick)
     plan = bench.within(bench.effort.steps)
-    took = step_rounds(against_yardstick(subject), batch=batch, device=place.device, plan=plan)
-    return speed_row(
-        place.name,
-        ours=took["ours"],
-        theirs=took["theirs"],
-        count=batch,
-        baseline=BASELINE,
-        conditions={"batch": batch, "device": place.device},
-    )
+    arms = against_yardstick(subject)
+    names = {"ours": place.name}
+    if has_fast_path(subject.config()) and place.device == "cpu":
+        arms[PLAIN] = (own_steps, on_plain_path(subject.config()))
+        names[PLAIN] = f"{place.name}.{PLAIN}"
+    took = step_rounds(arms, batch=batch, device=place.device, plan=plan)
+    for arm, name in names.items():
+        yield speed_row(
+            name,
+            ours=took[arm],
+            theirs=took["theirs"],
+            count=batch,
+            baseline=BASELINE,
+            conditions={"batch": batch, "device": place.device},
+        )
 
 
 def peak_memory(bench: Bench) -> Iterator[Line]:

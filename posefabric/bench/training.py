@@ -1,11 +1,11 @@
-"""The arms that train: the package's own loop, a step at a turn, and the yardstick's step."""
+"""The arms that train: the package's own training, a step at a turn, and the yardstick's step."""
 
 from __future__ import annotations
 
+import importlib
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from posefabric.bench.fresh import Gate, answer_turns
 from posefabric.bench.memory import Growth
 from posefabric.bench.released import released_steps
+from posefabric.bench.timing import Clock
 from posefabric.config import Config, OptimConfig
 from posefabric.data.batch import Normalisation
 from posefabric.data.pipeline import TrainingData
@@ -23,84 +24,94 @@ from posefabric.models.network import PoseNetwork
 from posefabric.run import RunFolder
 from posefabric.search.run_search import STRATEGIES
 from posefabric.skeletons import load_skeleton
-from posefabric.structures import CropBatch, PersonDataset, PoseBatch
-from posefabric.train.loop import Trainer
-from posefabric.train.memory import keep_freed_memory
+from posefabric.structures import PersonDataset, PoseBatch
+from posefabric.train.phase import train_phase
 from posefabric.train.strategy import Strategy
 
 
-@dataclass
-class PacedData(TrainingData):
-    """Training data that asks before each step, and tells what the step before it took.
+class Enough(Exception):
+    """Ends a training that has shown enough steps."""
 
-    A step is what the loop does between the prepared batch and its wish for the next crops:
-    forward, loss, backward, guards, optimiser, log. Reading and preparing are not in it.
 
-    Attributes:
-        before_step: called with the seconds of the last step, None before the first; the
-            training ends when it returns False.
+class PacedStrategy:
+    """A strategy that asks before each step, and tells what the step took.
+
+    The loop asks a strategy for its schedule before a step and, with ``log_every=1``, for its
+    readings after it: between them lie forward, loss, backward, guards and optimiser, and not
+    the reading and preparing of pictures. All else is the inner strategy's.
     """
 
-    before_step: Callable[[float | None], bool] = lambda seconds: True
-    clock: Callable[[], float] = time.perf_counter
-    _began: float | None = None
+    def __init__(
+        self,
+        inner: Strategy,
+        *,
+        before: Callable[[], bool],
+        after: Callable[[float], None],
+        device: torch.device,
+        clock: Clock = time.perf_counter,
+    ) -> None:
+        self._inner = inner
+        self._before, self._after = before, after
+        self._device = device
+        self._clock = clock
+        self._began = 0.0
 
-    def crops(self, step: int) -> Iterator[tuple[int, CropBatch]]:
-        for number, crops in super().crops(step):
-            seconds = None if self._began is None else self.clock() - self._began
-            if not self.before_step(seconds):
-                return
-            yield number, crops
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
 
-    def prepare(self, crops: CropBatch, step: int) -> PoseBatch:
-        batch = super().prepare(crops, step)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self._began = self.clock()
-        return batch
+    def schedule(self, network: Any, progress: float) -> None:
+        if not self._before():
+            raise Enough
+        self._wait()
+        self._began = self._clock()
+        self._inner.schedule(network, progress)
+
+    def readings(self, network: Any) -> dict[str, float]:
+        self._wait()
+        self._after(self._clock() - self._began)
+        return self._inner.readings(network)
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
 
 def own_steps(gate: Gate, *, config: Config, batch: int, device: str) -> None:
     """A step of the package's own training at every turn; answers (seconds, peak bytes).
 
-    A search by the options of a fabric, plain training of a baseline: the trainer, its layout,
-    its precision and its guards as `posefabric search` and `posefabric train` have them.
+    A search by the options of a fabric, plain training of a baseline, as `posefabric search` and
+    `posefabric train` begin it: whatever makes them fast is in it.
     """
     place = torch.device(device)
     growth = Growth(place)
-    keep_freed_memory()
+    config = config.model_copy(update={"device": device})
     searches = config.model.network == "fabric"
     optim: OptimConfig = config.search if searches else config.finetune
-    network: PoseNetwork = build_supernet(config) if searches else build_baseline(config)
     strategy = STRATEGIES[config.search.strategy](config.search) if searches else Strategy()
-    optim = optim.model_copy(update={"batch_size": batch})
-    data: Any = PacedData.open(
-        config,
-        optim=optim,
-        normalisation=network.normalisation,
-        seed=config.seed,
+    network: PoseNetwork = build_supernet(config) if searches else build_baseline(config)
+    paced: Any = PacedStrategy(
+        strategy,
+        before=gate.turn,
+        after=lambda seconds: gate.answer((seconds, growth.bytes())),
         device=place,
-        dataset=people(config, batch),
     )
-
-    def before_step(seconds: float | None) -> bool:
-        if seconds is not None:
-            gate.answer((seconds, growth.bytes()))
-        return gate.turn()
-
-    data.before_step = before_step
+    persons = people(config, batch)
     with tempfile.TemporaryDirectory() as folder:
-        run = RunFolder.create(Path(folder) / "run", config=config, kind=_kind(searches))
-        Trainer(
-            network=network,
-            data=data,
-            run=run,
-            optim=optim,
-            strategy=strategy,
-            phase="bench",
-            seed=config.seed,
-            device=place,
-        ).fit()
+        run = RunFolder.create(
+            Path(folder) / "run", config=config, kind="search" if searches else "train"
+        )
+        try:
+            train_phase(
+                network,
+                run=run,
+                optim=optim.model_copy(update={"batch_size": batch, "log_every": 1}),
+                strategy=paced,
+                phase="bench",
+                dataset=persons,
+                validation=persons,
+            )
+        except Enough:
+            return
 
 
 def yardstick_steps(gate: Gate, *, config: Config, batch: int, device: str) -> None:
@@ -109,6 +120,28 @@ def yardstick_steps(gate: Gate, *, config: Config, batch: int, device: str) -> N
     growth = Growth(place)
     step = released_steps(config, training_batch(config, batch, place), place)
     answer_turns(gate, lambda: (step(), growth.bytes()))
+
+
+def as_trained(network: PoseNetwork, config: Config, device: torch.device) -> None:
+    """What a training does to a network before its loop, for steps that are taken apart here.
+
+    Where the package has ``model.path``, the path it names (see train/phase.py).
+    """
+    if has_fast_path(config) and getattr(config.model, "path", None) == "fast":
+        grouped = importlib.import_module("posefabric.models.grouped")
+        if device.type == "cpu":
+            grouped.fast_path(network)
+
+
+def has_fast_path(config: Config) -> bool:
+    """Whether this package knows a fast path beside the plain one."""
+    return "path" in type(config.model).model_fields
+
+
+def on_plain_path(config: Config) -> Config:
+    """The same without the fast path."""
+    model = config.model.model_copy(update={"path": "plain"})
+    return config.model_copy(update={"model": model})
 
 
 def training_batch(config: Config, batch: int, device: torch.device) -> PoseBatch:
@@ -126,7 +159,3 @@ def training_batch(config: Config, batch: int, device: torch.device) -> PoseBatc
 
 def people(config: Config, count: int) -> PersonDataset:
     return synthetic_people(count=count, seed=0, skeleton=load_skeleton(config.data.skeleton))
-
-
-def _kind(searches: bool) -> Any:
-    return "search" if searches else "train"

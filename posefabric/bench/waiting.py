@@ -15,6 +15,7 @@ import torch
 
 from posefabric.bench.fresh import Gate
 from posefabric.bench.memory import private_bytes
+from posefabric.bench.training import as_trained
 from posefabric.config import Config
 from posefabric.data.loaders import CropLoader
 from posefabric.data.pipeline import TRAINING_MARGIN, TrainingData, make_geometry, open_dataset
@@ -78,7 +79,9 @@ def loader_waits(
     """
     place = torch.device(device)
     keep_freed_memory()
-    network = build_supernet(next(iter(configs.values())))
+    first = next(iter(configs.values()))
+    network = build_supernet(first)
+    as_trained(network, first, place)
     for config in configs.values():
         if not gate.turn():
             return

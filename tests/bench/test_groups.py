@@ -20,6 +20,7 @@ from posefabric.bench import (
 )
 from posefabric.bench.rows import Missing, Row
 from posefabric.bench.subjects import PEERS
+from posefabric.bench.timing import Rounds
 from posefabric.structures import PosefabricError
 
 SECONDS = {"ours": [1.0], "theirs": [4.0], **{peer: [2.0] for peer in PEERS}}
@@ -28,7 +29,9 @@ MODULES = (group_steps, group_inference, group_loader, group_evaluation, group_s
 
 @pytest.fixture
 def canned(monkeypatch) -> type[CannedProcess]:
-    """All processes answer from a table."""
+    """All processes answer from a table; no GPU, no fast path."""
+    monkeypatch.setattr(context.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(group_steps, "has_fast_path", lambda config: False)
 
     def once(target, **options):
         return CannedProcess(target, **options).ask()
@@ -80,6 +83,14 @@ def test_search_step_and_memory(canned, tmp_path) -> None:
         ("own_steps", True),
         ("yardstick_steps", True),
     ]
+
+
+def test_a_fast_path_has_the_plain_one_beside_it(canned, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(group_steps, "has_fast_path", lambda config: True)
+    lines = list(group_steps.search_step(make_bench(tmp_path)))
+    assert measured(lines) == {"search_step.tiny": 3.0, "search_step.tiny.plain_path": 3.0}
+    paths = [getattr(options["config"].model, "path", None) for _, _, options in canned.made]
+    assert paths[-1] == "plain" and "plain" not in paths[:-1]
 
 
 def test_a_gpu_has_rows_of_its_own(canned, tmp_path, monkeypatch) -> None:
@@ -159,7 +170,7 @@ def test_a_failure_is_a_row_and_not_the_end(canned, tmp_path, monkeypatch) -> No
 def test_nothing_begins_when_the_time_is_up(canned, tmp_path) -> None:
     clock = FakeClock()
     bench = make_bench(tmp_path, clock=clock)
-    assert bench.within(bench.effort.steps).seconds == bench.effort.steps.seconds
+    assert bench.within(Rounds(seconds=9.0)) == Rounds(seconds=9.0)
     clock.now = bench.effort.seconds - 0.5
     assert bench.left() == 0.5 and bench.within(bench.effort.steps).seconds == 0.5
     parts = [

@@ -34,10 +34,13 @@ CPU = torch.device("cpu")
 )
 def test_convolutions_are_counted_forward_and_backward(layer, depthwise) -> None:
     x = torch.randn(2, 6, 8, 8, requires_grad=True)
-    with ConvolutionCounter() as counter, FlopCounterMode(display=False) as reference:
+    # torch's own counter is right forward; backward it forgets the groups of a weight's gradient.
+    with FlopCounterMode(display=False) as reference:
+        layer(x)
+    with ConvolutionCounter() as counter:
         layer(x).sum().backward()
     kind, other = ("depthwise", "dense") if depthwise else ("dense", "depthwise")
-    assert getattr(counter, kind) == reference.get_total_flops()
+    assert getattr(counter, kind) == 3 * reference.get_total_flops() > 0
     assert getattr(counter, other) == 0
 
 

@@ -2,74 +2,80 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from bench_parts import TINY, FakeClock, FakeGate
 
 from posefabric.bench import training
 from posefabric.bench.training import (
-    PacedData,
+    Enough,
+    PacedStrategy,
+    as_trained,
+    has_fast_path,
+    on_plain_path,
     own_steps,
-    people,
     training_batch,
     yardstick_steps,
 )
-from posefabric.config import Config
-from posefabric.data.batch import Normalisation
-from posefabric.train.loop import Trainer
+from posefabric.models.build import build_supernet
+from posefabric.train.phase import train_phase
+from posefabric.train.strategy import Strategy
 
 CPU = torch.device("cpu")
 
 
-def paced(config: Config, clock: FakeClock) -> PacedData:
-    data = PacedData.open(
-        config,
-        optim=config.search.model_copy(update={"batch_size": 2}),
-        normalisation=Normalisation(),
-        seed=0,
-        device=CPU,
-        dataset=people(config, 2),
-    )
-    assert isinstance(data, PacedData)
-    data.clock = clock
-    return data
+def test_only_what_lies_between_schedule_and_readings_counts() -> None:
+    clock, told, calls = FakeClock(), [], []
 
+    class Inner(Strategy):
+        name = "inner"
 
-def test_only_what_follows_the_prepared_batch_counts() -> None:
-    clock, told = FakeClock(), []
-    data = paced(TINY.config(), clock)
+        def schedule(self, network, progress):
+            calls.append(("schedule", progress))
+            clock.now += 1.0
 
-    def before(seconds: float | None) -> bool:
-        told.append(seconds)
+        def readings(self, network):
+            clock.now += 10.0
+            return {"entropy": 0.5}
+
+    def before() -> bool:
         clock.now += 100.0  # waiting for one's turn
-        return len(told) < 4
+        return len(told) < 2
 
-    data.before_step = before
-    for number, (step, crops) in enumerate(data.crops(0)):
-        clock.now += 50.0  # reading
-        data.prepare(crops, step)
-        clock.now += 1.0 + number
-    assert told == [None, 1.0, 2.0, 3.0]
+    paced = PacedStrategy(Inner(), before=before, after=told.append, device=CPU, clock=clock)
+    for _ in range(2):
+        paced.schedule(None, 0.25)
+        clock.now += 2.0
+        assert paced.readings(None) == {"entropy": 0.5}
+        clock.now += 50.0  # reading the next pictures
+    with pytest.raises(Enough):
+        paced.schedule(None, 0.5)
+    assert told == [3.0, 3.0] and calls == [("schedule", 0.25)] * 2
+    assert paced.name == "inner" and paced.held_out_share() == 0.0
 
 
-def test_a_search_step_a_turn_by_the_packages_own_trainer(monkeypatch) -> None:
-    trainers: list[Trainer] = []
+def test_a_search_step_a_turn_by_the_packages_own_training(monkeypatch) -> None:
+    given: list[dict[str, Any]] = []
+    networks: list[Any] = []
 
-    class Kept(Trainer):
-        def fit(self) -> None:
-            trainers.append(self)
-            super().fit()
+    def kept(network, **options):
+        networks.append(network)
+        given.append(options)
+        return train_phase(network, **options)
 
-    monkeypatch.setattr(training, "Trainer", Kept)
+    monkeypatch.setattr(training, "train_phase", kept)
     gate = FakeGate(turns=3)
     own_steps(gate, config=TINY.config(), batch=2, device="cpu")  # type: ignore[arg-type]
-    (trainer,) = trainers
-    assert trainer.step == len(gate.answers) == 3 and trainer.skipped_steps == 0
+    (options,), (network,) = given, networks
+    assert len(gate.answers) == 3
     assert all(seconds > 0 and peak >= 0 for seconds, peak in gate.answers)
-    assert trainer.strategy.name == "synchronous" and not trainer.network.graph.faithful
-    (moved,) = trainer.network.alphas.parameters()  # type: ignore[union-attr]
-    assert moved.abs().max() > 0
-    assert not trainer.run.path.exists()
+    assert options["strategy"].name == "synchronous" and not network.graph.faithful
+    (moved,) = network.alphas.parameters()
+    assert moved.detach().abs().max() > 0
+    assert options["optim"].batch_size == 2 and options["run"].config.device == "cpu"
+    assert not options["run"].path.exists()
 
 
 @pytest.mark.slow
@@ -89,3 +95,25 @@ def test_the_yardsticks_step_a_turn() -> None:
 def test_the_batch_is_prepared_as_for_training() -> None:
     batch = training_batch(TINY.config(), 3, CPU)
     assert batch.images.shape == (3, 3, 64, 64) and batch.heatmaps.shape == (3, 17, 16, 16)
+
+
+def test_the_path_is_the_one_that_a_training_takes(monkeypatch) -> None:
+    config = TINY.config()
+    switched: list[Any] = []
+
+    class Grouped:
+        fast_path = staticmethod(switched.append)
+
+    monkeypatch.setattr(training, "has_fast_path", lambda config: True)
+    monkeypatch.setattr(training.importlib, "import_module", lambda name: Grouped)
+    network: Any = object()
+    model = config.model.model_copy(update={"path": "fast"})
+    fast = config.model_copy(update={"model": model})
+    as_trained(network, fast, CPU)
+    assert switched == [network]
+    as_trained(network, on_plain_path(fast), CPU)
+    as_trained(network, fast, torch.device("cuda"))
+    assert switched == [network]
+    monkeypatch.undo()
+    as_trained(build_supernet(config), config, CPU)
+    assert has_fast_path(config) == ("path" in type(config.model).model_fields)
