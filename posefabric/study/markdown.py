@@ -41,7 +41,7 @@ def intro(
 def arm_tables(rows: Sequence[Row], hits: Hits, timed: Mapping[str, Any]) -> list[str]:
     """The two comparisons: equal epochs of final training, equal total compute.
 
-    Arms that search and train on (and those that only search) stand in both.
+    Arms that search and train on stand in both.
     """
     equal = [row for row in rows if row["compute"] != "epochs"]
     plain = [row for row in rows if row["compute"] == "epochs"]

@@ -33,4 +33,6 @@ def test_macs_grow_with_the_pixels() -> None:
     small = make_config(model=model)
     large = make_config(model=model, data=dict(input_wh=[128, 64]))
     network = build_baseline(small).train()
-    assert network_macs(network, large) == 2 * network_macs(network, small)
+    # Squeeze-and-excitation costs the same at any size.
+    twice = 2 * network_macs(network, small)
+    assert network_macs(network, large) == pytest.approx(twice, rel=0.01)
