@@ -55,7 +55,7 @@ def export_table(
     *,
     conditions: Mapping[str, Any],
     batch_sizes: Sequence[int] = BATCH_SIZES,
-    repeats: int = REPEATS,
+    repeats: int | None = None,
 ) -> dict[str, Any]:
     """The table as plain values: ``machine``, ``conditions`` and ``rows``.
 
@@ -65,6 +65,7 @@ def export_table(
     onnxruntime), check (differences from torch) and latency: by batch size ms, low, high (median,
     first and last decile of a whole batch) and ratio (torch's time over its own).
     """
+    repeats = REPEATS if repeats is None else repeats
     names = {"torch eager": lambda images: _run_torch(network, images)}
     for variant in variants:
         names[variant.name] = _runner(variant.estimator)

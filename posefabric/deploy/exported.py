@@ -153,9 +153,10 @@ def _checked_size(
             f"input_wh={tuple(input_wh)}: {path} takes inputs of {(width, height)} alone; export "
             "it with --dynamic-size"
         )
-    if any(side < SIZE_STEP or side % SIZE_STEP for side in input_wh):
+    if any(side < 2 * SIZE_STEP or side % SIZE_STEP for side in input_wh):
         raise PosefabricError(
-            f"input_wh={tuple(input_wh)}: expected two positive multiples of {SIZE_STEP}"
+            f"input_wh={tuple(input_wh)}: expected two multiples of {SIZE_STEP} from "
+            f"{2 * SIZE_STEP} on"
         )
     return input_wh[0], input_wh[1]
 

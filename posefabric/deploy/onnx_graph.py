@@ -98,7 +98,8 @@ def make_onnx(
     Args:
         crops: (N, H, W, 3) uint8, two of them or more, to trace with.
         digest: of the architecture, where there is one.
-        dynamic_size: height and width are free, in steps of 32 pixels; the module must not decode.
+        dynamic_size: height and width are free, in steps of 32 pixels from 64; the module must not
+            decode.
 
     Raises PosefabricError when the exporter fails, or the graph is not valid.
     """
@@ -108,7 +109,8 @@ def make_onnx(
     axes: dict[int, Any] = {0: torch.export.Dim("batch")}
     if dynamic_size:
         for axis, name in ((1, "rows"), (2, "columns")):
-            axes[axis] = SIZE_STEP * torch.export.Dim(name, min=1, max=64)
+            # From 2, since a side of 1 at the deepest level would be traced as fixed.
+            axes[axis] = SIZE_STEP * torch.export.Dim(name, min=2, max=64)
     model = _trace(module, crops[:2], module.outputs, opset, axes)
     metadata = _metadata(config, module.codec, module.normalisation, skeleton, module.outputs)
     metadata["architecture_digest"] = digest

@@ -81,9 +81,12 @@ def quantize_int8(model: bytes, calibration: np.ndarray, *, recipe: Recipe = REC
     root.setLevel(logging.ERROR)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            prepared, written = Path(folder) / "prepared.onnx", Path(folder) / "int8.onnx"
+            given, prepared, written = (
+                Path(folder) / f"{name}.onnx" for name in ("given", "prepared", "int8")
+            )
+            given.write_bytes(model)
             # Without sympy's shape inference, which wants every operation known to it.
-            quant_pre_process(source, str(prepared), skip_symbolic_shape=True)
+            quant_pre_process(str(given), str(prepared), skip_symbolic_shape=True)
             graph = onnx.load(str(prepared)).graph
             operators = ("Conv",) if recipe.joins else OPERATORS
             quantize_static(
