@@ -54,7 +54,7 @@ def released_network(config: Config) -> PosenfsNetwork:
     for module in network.modules():
         if type(module) is DepthwiseConv2d:
             # The same convolution without what was added to it since.
-            module.__class__ = nn.Conv2d
+            module.__class__ = nn.Conv2d  # type: ignore[assignment]
     return network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 

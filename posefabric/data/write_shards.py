@@ -51,7 +51,7 @@ def write_shards(
     root = Path(str(config.root))
     if not root.is_dir():
         raise PosefabricError(f"{root}: no such folder")
-    found = [
+    found: list[Split] = [
         split
         for split in SPLITS
         if (name := getattr(config, f"{split}_annotations")) and (root / name).is_file()

@@ -66,7 +66,9 @@ def export_table(
     first and last decile of a whole batch) and ratio (torch's time over its own).
     """
     repeats = REPEATS if repeats is None else repeats
-    names = {"torch eager": lambda images: _run_torch(network, images)}
+    names: dict[str, Callable[[np.ndarray], Any]] = {
+        "torch eager": lambda images: _run_torch(network, images)
+    }
     for variant in variants:
         names[variant.name] = _runner(variant.estimator)
     pictures = {size: np.resize(crops, (size, *crops.shape[1:])) for size in batch_sizes}

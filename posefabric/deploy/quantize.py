@@ -92,7 +92,7 @@ def quantize_int8(model: bytes, calibration: np.ndarray, *, recipe: Recipe = REC
             quantize_static(
                 str(prepared),
                 str(written),
-                _Reader(calibration),
+                _Reader(calibration),  # type: ignore[arg-type]
                 quant_format=QuantFormat.QDQ,
                 op_types_to_quantize=list(operators),
                 nodes_to_exclude=_left_float(graph, recipe),

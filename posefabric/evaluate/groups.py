@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.cluster.vq import kmeans2
-from scipy.spatial import cKDTree
+from scipy.spatial import KDTree
 from scipy.special import digamma
 
 from posefabric.structures import DataError, PersonDataset, PosefabricError, Predictions
@@ -143,10 +143,10 @@ def mutual_information(points: np.ndarray, seen: np.ndarray, *, seed: int = 0) -
 def _information(x: np.ndarray, y: np.ndarray) -> float:
     """Nats between x (N, d) and y (N, d), by the distances to nearest neighbours."""
     both = np.concatenate([x, y], axis=1)
-    reach = cKDTree(both).query(both, k=NEIGHBOURS + 1, p=np.inf)[0][:, -1]
+    reach = KDTree(both).query(both, k=NEIGHBOURS + 1, p=np.inf)[0][:, -1]
     # Strictly nearer ones; the point itself is counted, the formula's + 1.
     reach = np.nextafter(reach, 0)
-    near = [cKDTree(z).query_ball_point(z, reach, p=np.inf, return_length=True) for z in (x, y)]
+    near = [KDTree(z).query_ball_point(z, reach, p=np.inf, return_length=True) for z in (x, y)]
     return float(digamma(NEIGHBOURS) + digamma(len(x)) - sum(digamma(n).mean() for n in near))
 
 
