@@ -84,6 +84,7 @@ def test_the_command_prints_and_writes(monkeypatch, tmp_path, capsys) -> None:
             profiles={"net": {"not_measured": "no time"}},
         )
 
+    monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(module, "run_bench", run)
     path = tmp_path / "new" / "bench.json"
     words = ("--quick", "--json", path, "--only", "loader", "memory")
