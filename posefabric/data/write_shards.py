@@ -51,7 +51,7 @@ def write_shards(
     root = Path(str(config.root))
     if not root.is_dir():
         raise PosefabricError(f"{root}: no such folder")
-    found = [
+    found: list[Split] = [
         split
         for split in SPLITS
         if (name := getattr(config, f"{split}_annotations")) and (root / name).is_file()
@@ -68,7 +68,6 @@ def write_shards(
             f"{root}: splits share the folder {folders[0]}; shards need one for each; give "
             f"data.val_images another name and link the pictures there"
         )
-    counts = {}
     done: dict[str, dict[str, int]] = {}
     for split in found:
         images = getattr(config, f"{split}_images")

@@ -30,6 +30,7 @@ def joined(launch: Launch | None = None, *, silent_s: float = SILENT_S) -> Itera
         yield launch
         return
     import torch.distributed as dist
+    from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
 
     backend = _choose_backend(launch)
     try:
@@ -37,12 +38,12 @@ def joined(launch: Launch | None = None, *, silent_s: float = SILENT_S) -> Itera
         prefix = f"posefabric/{launch.attempt}"
         dist.init_process_group(
             backend,
-            store=dist.PrefixStore(f"{prefix}/group", store),
+            store=PrefixStore(f"{prefix}/group", store),
             rank=launch.rank,
             world_size=launch.ranks,
             timeout=TIMEOUT,
         )
-        watch = Watch(dist.PrefixStore(f"{prefix}/watch", watching), launch, silent_s=silent_s)
+        watch = Watch(PrefixStore(f"{prefix}/watch", watching), launch, silent_s=silent_s)
         watch.start()
         dist.barrier()
     except RuntimeError as error:
@@ -70,9 +71,9 @@ def joined(launch: Launch | None = None, *, silent_s: float = SILENT_S) -> Itera
 
 
 def _connect(launch: Launch, *, first: bool) -> Any:
-    import torch.distributed as dist
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-    return dist.TCPStore(
+    return TCPStore(
         launch.address,
         launch.port,
         is_master=first and launch.rank == 0 and not launch.hosted,
