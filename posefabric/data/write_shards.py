@@ -68,7 +68,6 @@ def write_shards(
             f"{root}: splits share the folder {folders[0]}; shards need one for each; give "
             f"data.val_images another name and link the pictures there"
         )
-    counts = {}
     done: dict[str, dict[str, int]] = {}
     for split in found:
         images = getattr(config, f"{split}_images")

@@ -30,7 +30,7 @@ def joined(launch: Launch | None = None, *, silent_s: float = SILENT_S) -> Itera
         yield launch
         return
     import torch.distributed as dist
-    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
 
     backend = _choose_backend(launch)
     try:
