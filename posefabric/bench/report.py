@@ -6,44 +6,39 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from posefabric.bench.rows import Line, Missing, Row
 
 
 def rows_table(lines: Sequence[Line]) -> Table:
-    """Ratios with their spread; what could not be measured has its reason."""
+    """Ratios with their spread; under each name what is counted, or why it was not measured."""
     table = Table(title="Ratios in one run, median and 10-90 % of the rounds", title_justify="left")
-    for heading, justify in (
-        ("", "left"),
-        ("ratio", "right"),
-        ("10-90 %", "right"),
-        ("what it counts", "left"),
-        ("against", "left"),
-        ("here", "right"),
-        ("there", "right"),
-        ("in", "left"),
-    ):
-        table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    table.add_column("", overflow="fold")
+    for heading in ("ratio", "10-90 %", "ours", "theirs"):
+        table.add_column(heading, justify="right", no_wrap=True)
     group = None
     for line in lines:
         if group is not None and line.name.partition(".")[0] != group:
             table.add_section()
         group = line.name.partition(".")[0]
         if isinstance(line, Missing):
-            table.add_row(line.name, "-", "", f"not measured: {line.reason}", style="dim")
+            table.add_row(Text(f"{line.name}\n  not measured: {line.reason}", style="dim"), "-")
             continue
-        better = "" if line.better == "more" else " (less is better)"
         table.add_row(
-            line.name,
+            Text.assemble(line.name, (f"\n  {_what(line)}", "dim")),
             figure(line.ratio.median),
             f"{figure(line.ratio.low)} - {figure(line.ratio.high)}",
-            line.unit + better,
-            line.baseline,
             "" if line.ours is None else figure(line.ours),
             "" if line.theirs is None else figure(line.theirs),
-            line.measure,
         )
     return table
+
+
+def _what(row: Row) -> str:
+    better = "" if row.better == "more" else " (less is better)"
+    measure = f"; {row.measure}" if row.measure else ""
+    return f"{row.unit}{better}; against {row.baseline}{measure}"
 
 
 def profile_table(name: str, profile: Mapping[str, Any]) -> Table:

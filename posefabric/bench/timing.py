@@ -60,7 +60,7 @@ def interleaved(
     for turn in range(plan.rounds):
         if turn >= plan.least and clock() - started >= plan.seconds:
             break
-        order = list(arms) if turn % 2 == 0 else list(reversed(arms))
+        order = list(arms) if turn % 2 == 0 else list(arms)[::-1]
         for name in order:
             took[name].append(arms[name]())
     return took
