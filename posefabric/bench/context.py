@@ -125,7 +125,8 @@ class Bench:
         if self.left() >= self.effort.reserve:
             return None
         group = name.partition(".")[0]
-        return Missing(name, XX)
+        spent = f"the bench's {self.effort.seconds:.0f} s were used up before"
+        return Missing(name, f"{spent} (try --only {group})")
 
     def places(self, name: str) -> Iterator[Place | Missing]:
         """Where a row is measured, on the CPU and on the GPU, or why not, one at a time."""
