@@ -24,7 +24,13 @@ def bench(
     profile. At most 15 minutes on two cores.
     """
     from posefabric.bench.machine import describe_machine
-    from posefabric.bench.report import machine_line, profile_table, roofline_line, rows_table
+    from posefabric.bench.report import (
+        machine_line,
+        missing_lines,
+        profile_table,
+        roofline_line,
+        rows_table,
+    )
     from posefabric.bench.run_bench import check_groups, run_bench
     from posefabric.run.files import json_bytes, write_atomic
 
@@ -33,6 +39,8 @@ def bench(
     found = run_bench(quick=quick, only=only, say=say)
     if found.lines:
         show(rows_table(found.lines))
+    for line in missing_lines(found.lines):
+        say(line)
     if found.roofline is not None:
         say(roofline_line(found.roofline))
     for name, profile in found.profiles.items():

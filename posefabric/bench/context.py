@@ -77,7 +77,7 @@ QUICK = Effort(
     reserve=10.0,
     processes_memory=1,
     loader_steps=4,
-    loader_batch=4,
+    loader_batch=2,
     epoch=400,
     pictures=16,
     evaluated=(16, 400),
@@ -125,11 +125,8 @@ class Bench:
         if self.left() >= self.effort.reserve:
             return None
         group = name.partition(".")[0]
-        return Missing(
-            name,
-            f"the bench's {self.effort.seconds:.0f} s were used up before it; measure it with "
-            f"--only {group}",
-        )
+        spent = f"the bench's {self.effort.seconds:.0f} s were used up before"
+        return Missing(name, f"{spent} (try --only {group})")
 
     def places(self, name: str) -> Iterator[Place | Missing]:
         """Where a row is measured, on the CPU and on the GPU, or why not, one at a time."""

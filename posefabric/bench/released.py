@@ -51,10 +51,11 @@ def released_network(config: Config) -> PosenfsNetwork:
         ],
         num_keypoints=skeleton.num_keypoints,
     )
+    plain: Any = nn.Conv2d
     for module in network.modules():
         if type(module) is DepthwiseConv2d:
             # The same convolution without what was added to it since.
-            module.__class__ = nn.Conv2d  # type: ignore[assignment]
+            module.__class__ = plain
     return network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 

@@ -5,45 +5,54 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.table import Table
+from rich.text import Text
 
 from posefabric.bench.rows import Line, Missing, Row
 
 
 def rows_table(lines: Sequence[Line]) -> Table:
-    """Ratios with their spread; what could not be measured has its reason."""
-    table = Table(title="Ratios in one run, median and 10-90 % of the rounds", title_justify="left")
-    for heading, justify in (
-        ("", "left"),
-        ("ratio", "right"),
-        ("10-90 %", "right"),
-        ("what it counts", "left"),
-        ("against", "left"),
-        ("here", "right"),
-        ("there", "right"),
-        ("in", "left"),
-    ):
-        table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    """The measured ratios with their spread; under each name what is counted."""
+    table = Table(
+        title="Ratios in one run, median and 10-90 % of the rounds",
+        title_justify="left",
+        box=SIMPLE,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("", overflow="fold")
+    for heading in ("ratio", "10-90 %"):
+        table.add_column(heading, justify="right", no_wrap=True)
     group = None
     for line in lines:
+        if isinstance(line, Missing):
+            continue
         if group is not None and line.name.partition(".")[0] != group:
             table.add_section()
         group = line.name.partition(".")[0]
-        if isinstance(line, Missing):
-            table.add_row(line.name, "-", "", f"not measured: {line.reason}", style="dim")
-            continue
-        better = "" if line.better == "more" else " (less is better)"
         table.add_row(
-            line.name,
+            Text.assemble(line.name, (f"\n  {_what(line)}", "dim")),
             figure(line.ratio.median),
             f"{figure(line.ratio.low)} - {figure(line.ratio.high)}",
-            line.unit + better,
-            line.baseline,
-            "" if line.ours is None else figure(line.ours),
-            "" if line.theirs is None else figure(line.theirs),
-            line.measure,
         )
     return table
+
+
+def missing_lines(lines: Sequence[Line]) -> list[str]:
+    """What was not measured, and why, a reason a line."""
+    reasons: dict[str, list[str]] = {}
+    for line in lines:
+        if isinstance(line, Missing):
+            reasons.setdefault(line.reason, []).append(line.name)
+    return [f"not measured, {reason}: {', '.join(names)}" for reason, names in reasons.items()]
+
+
+def _what(row: Row) -> str:
+    better = "" if row.better == "more" else " (less is better)"
+    pair = ""
+    if row.ours is not None and row.theirs is not None:
+        pair = f"; {figure(row.ours)} against {figure(row.theirs)} {row.measure}"
+    return f"{row.unit}{better}; baseline: {row.baseline}{pair}"
 
 
 def profile_table(name: str, profile: Mapping[str, Any]) -> Table:

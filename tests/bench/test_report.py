@@ -11,6 +11,7 @@ from posefabric.bench.report import (
     bench_record,
     figure,
     machine_line,
+    missing_lines,
     percent,
     profile_table,
     roofline_line,
@@ -78,9 +79,11 @@ def test_json_has_what_was_asked_for_and_what_is_missing_beside_it() -> None:
 
 
 def test_the_table_says_ratios_directions_and_reasons() -> None:
-    text = text_of(rows_table([row(ours=1.0, theirs=2.0), Missing("loader.x", "no time")]))
+    lines = [row(ours=1.0, theirs=2.0), Missing("loader.x", "no time"), Missing("b.y", "no time")]
+    text = text_of(rows_table(lines))
     assert "memory.x" in text and "0.50" in text and "0.40 - 0.60" in text
-    assert "(less is better)" in text and "not measured: no time" in text
+    assert "(less is better)" in text and "1.00 against 2.00" in text and "loader" not in text
+    assert missing_lines(lines) == ["not measured, no time: loader.x, b.y"]
     assert "(less" not in text_of(rows_table([row(better="more")]))
 
 

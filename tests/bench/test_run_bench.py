@@ -10,7 +10,7 @@ from networks import command
 
 from posefabric.bench import run_bench as module
 from posefabric.bench.rows import Missing, Row
-from posefabric.bench.run_bench import GROUPS, PROFILE, Found, run_bench
+from posefabric.bench.run_bench import GROUPS, PROFILE, Found, in_order, run_bench
 from posefabric.bench.timing import Ratio
 from posefabric.structures import PosefabricError
 
@@ -45,6 +45,7 @@ def test_groups_run_in_order_and_what_fails_is_a_row(monkeypatch) -> None:
     groups = {"a": (part(ROW, error="no memory"), part(ROW)), "b": (part(),)}
     found = run_bench(groups=groups, say=said.append, quick=True)
     assert said == ["measuring a", "measuring b", "measuring profile"]
+    assert in_order(GROUPS)[-2:] == [PROFILE, "peers"]
     assert found.lines == [ROW, Missing("a.measure", "failed: no memory"), ROW]
     assert run_bench(groups=groups, only=["b"]).lines == []
     assert found.machine["cores"] >= 1 and found.seconds >= 0
@@ -93,7 +94,12 @@ def test_the_command_prints_and_writes(monkeypatch, tmp_path, capsys) -> None:
     tree = json.loads(path.read_text())
     assert tree["machine"] == {"cpu": "x"} and tree["rows"][0]["name"] == "a.row"
     said = capsys.readouterr().out
-    for text in ("cores", "a.row", "not measured: no GPU", "profile of net: not measured: no time"):
+    for text in (
+        "cores",
+        "a.row",
+        "not measured, no GPU: a.other",
+        "profile of net: not measured: no time",
+    ):
         assert text in said
 
 
