@@ -50,7 +50,7 @@ def fast_path(network: nn.Module) -> nn.Module:
         fast = _fast_kind(module)
         if fast is not None and not isinstance(module, Fast):
             kind = type(module)
-            module.__class__ = type(f"Fast{kind.__name__}", (fast, kind), {"plain": kind})
+            module.__class__ = type(kind.__name__, (fast, kind), {"plain": kind})
     return network
 
 

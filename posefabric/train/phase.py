@@ -12,6 +12,7 @@ from posefabric.config import Config, OptimConfig
 from posefabric.data.pipeline import TrainingData, make_codec, make_geometry, open_dataset
 from posefabric.evaluate.runner import evaluate_network
 from posefabric.models.build import choose_device
+from posefabric.models.grouped import fast_path
 from posefabric.models.network import PoseNetwork
 from posefabric.run import RunFolder
 from posefabric.structures import PersonDataset, PosefabricError
@@ -47,6 +48,8 @@ def train_phase(
     gc.collect()
     gc.freeze()
     device = choose_device(config.device)
+    if config.model.path == "fast" and device.type == "cpu":
+        fast_path(network)
     validation = open_dataset(config.data, "val") if validation is None else validation
     data, held_out = TrainingData.open_split(
         config,
