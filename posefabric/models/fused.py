@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from posefabric.models.native import load_kernels
+from posefabric.structures import PosefabricError
 
 NONE, RELU, RELU6 = 0, 1, 2
 SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
@@ -43,6 +44,7 @@ def takes_norm(norm: nn.Module, x: Tensor) -> bool:
         and norm.momentum is not None
         and norm.running_mean is not None
         and norm.running_mean.dtype == x.dtype
+        and norm.num_features == x.shape[1]
         and x.numel() // x.shape[1] > 1
         and not _has_other_ranks()
     )
@@ -76,8 +78,13 @@ class _Kept:
 def weighted_sum(terms: Sequence[Term], *, relu: bool = False) -> Tensor:
     """The sum of the terms, through a ReLU where asked: one pass forward, nothing in between.
 
-    Norms must be such that :func:`takes_norm`; they move their running statistics.
+    Norms must be such that :func:`takes_norm`; they move their running statistics. Raises
+    PosefabricError for maps of several shapes.
     """
+    shape = terms[0].x.shape
+    if any(term.x.shape != shape for term in terms):
+        shapes = ", ".join(str(tuple(term.x.shape)) for term in terms)
+        raise PosefabricError(f"maps of a sum: expected one shape, got {shapes}")
     tensors: list[Tensor | None] = []
     for term in terms:
         scalar = term.weight if isinstance(term.weight, Tensor) else None
@@ -100,7 +107,8 @@ class _WeightedSum(torch.autograd.Function):
         ):
             assert x is not None
             stats = None if term.norm is None else _statistics(x, term.norm, gamma, beta)
-            kept.append(_Kept(float(term.weight), term.act, stats))
+            number = torch.as_tensor(term.weight).detach().item()
+            kept.append(_Kept(number, term.act, stats))
         out = _mix(maps, kept, relu)  # type: ignore[arg-type]
         ctx.kept, ctx.relu = kept, relu
         ctx.save_for_backward(*tensors, out if relu else None)

@@ -56,12 +56,16 @@ def assert_equal(network: nn.Module, images: Tensor) -> None:
     found = trained(fast, images.contiguous(memory_format=torch.channels_last))
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        bound = 1e-8 * max(1.0, float(value.abs().max()))
-        assert float((found[name] - value).abs().max()) <= bound, name
+        # A bias before a norm has no influence: its gradient is what rounding leaves of the terms
+        # that the weight beside it has too.
+        beside = expected.get(name.removesuffix("bias") + "weight", value)
+        size = max(float(v.double().abs().max()) for v in (value, beside))
+        bound = 1e-8 * max(1.0, size)
+        assert float((found[name].double() - value.double()).abs().max()) <= bound, name
 
 
 @given(data=st.data())
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 def test_any_mixture_equals_the_plain_one(data: st.DataObject) -> None:
     draw = data.draw
     operations = draw(st.lists(st.sampled_from(EVERY[1:]), min_size=1, max_size=4, unique=True))
@@ -161,8 +165,8 @@ def test_a_sum_of_every_kind_of_term(channels: int) -> None:
 def test_norms_far_from_zero_and_what_is_not_a_number() -> None:
     """A mean of a million deviations in float32; NaN and infinity are not hidden by a ReLU."""
     x = noise(4, 9, 8, 8).float() * 1e-2 + 1e4
-    norm, other = nn.BatchNorm2d(9), nn.BatchNorm2d(9)
-    exact = nn.BatchNorm2d(9).double()(x.double())
+    exact = nn.BatchNorm2d(9, affine=False).double()(x.double())
+    norm, other = (nn.BatchNorm2d(9, affine=False) for _ in range(2))
     found = weighted_sum([Term(x, norm=norm)])
     assert float((found - exact).abs().max()) <= float((other(x) - exact).abs().max()) * 1.5 + 0.05
     for bad in (torch.nan, torch.inf):
