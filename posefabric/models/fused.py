@@ -1,7 +1,7 @@
-"""Differentiable functions on the CPU kernels: depthwise convolutions, weighted sums of norms.
+"""Weighted sums of normalised maps on the CPU kernels, and maps that are computed again.
 
-They keep what the backward pass cannot do without and compute the rest again: of
-``act(norm(x))`` only x is kept. Their gradients are not differentiable once more.
+Of ``act(norm(x))`` only x is kept for the backward pass; the rest is computed again. Gradients
+are not differentiable once more.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def weighted_sum(terms: Sequence[Term], *, relu: bool = False) -> Tensor:
     for term in terms:
         scalar = term.weight if isinstance(term.weight, Tensor) else None
         affine = (None, None) if term.norm is None else (term.norm.weight, term.norm.bias)
-        tensors += [_last(term.x), scalar, *affine]
+        tensors += [channels_last(term.x), scalar, *affine]
     result: Tensor = _WeightedSum.apply(list(terms), relu, *tensors)  # type: ignore[assignment]
     only = terms[0]
     if len(terms) == 1 and only.act != NONE and only.norm is not None and not relu:
@@ -102,9 +102,7 @@ class _WeightedSum(torch.autograd.Function):
     def forward(ctx: Any, terms: list[Term], relu: bool, *tensors: Tensor | None) -> Tensor:
         maps = [tensors[4 * i] for i in range(len(terms))]
         kept = []
-        for term, x, gamma, beta in zip(
-            terms, maps, tensors[2::4], tensors[3::4], strict=True
-        ):
+        for term, x, gamma, beta in zip(terms, maps, tensors[2::4], tensors[3::4], strict=True):
             assert x is not None
             stats = None if term.norm is None else _statistics(x, term.norm, gamma, beta)
             number = torch.as_tensor(term.weight).detach().item()
@@ -118,7 +116,7 @@ class _WeightedSum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         *tensors, out = ctx.saved_tensors
-        gradient = _last(gradient)
+        gradient = channels_last(gradient)
         found: list[Tensor | None] = []
         for i, kept in enumerate(ctx.kept):
             x, scalar, gamma, beta = tensors[4 * i : 4 * i + 4]
@@ -126,9 +124,9 @@ class _WeightedSum(torch.autograd.Function):
             dx = torch.empty_like(x, memory_format=torch.channels_last) if wanted[0] else None
             dgamma = torch.empty_like(gamma) if gamma is not None and wanted[2] else None
             dbeta = torch.empty_like(beta) if beta is not None and wanted[3] else None
-            slope = _call("mix_backward", x.dtype)(
-                _at(x), _at(gradient), _at(out), _at(kept.stats), _at(gamma), _at(beta),
-                kept.act, kept.weight, *_rows(x), bool(wanted[1]), _at(dx), _at(dgamma), _at(dbeta),
+            slope = kernel("mix_backward", x.dtype)(
+                address(x), address(gradient), address(out), address(kept.stats), address(gamma), address(beta),
+                kept.act, kept.weight, *rows_of(x), bool(wanted[1]), address(dx), address(dgamma), address(dbeta),
             )  # fmt: skip
             dscalar = x.new_tensor(slope).view_as(scalar) if wanted[1] else None
             found += [dx, dscalar, dgamma, dbeta]
@@ -140,9 +138,9 @@ def _statistics(x: Tensor, norm: nn.BatchNorm2d, gamma: Tensor | None, beta: Ten
     stats = x.new_empty(4, x.shape[1])
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
-    _call("statistics", x.dtype)(
-        _at(x), *_rows(x), _at(gamma), _at(beta), _at(norm.running_mean), _at(norm.running_var),
-        norm.momentum, norm.eps, _at(stats),
+    kernel("statistics", x.dtype)(
+        address(x), *rows_of(x), address(gamma), address(beta), address(norm.running_mean), address(norm.running_var),
+        norm.momentum, norm.eps, address(stats),
     )  # fmt: skip
     return stats
 
@@ -151,15 +149,15 @@ def _mix(maps: Sequence[Tensor], kept: Sequence[_Kept], relu: bool) -> Tensor:
     count = len(maps)
     out = torch.empty_like(maps[0], memory_format=torch.channels_last)
     factors = [None if k.stats is None else k.stats.data_ptr() + _row_bytes(k.stats) for k in kept]
-    _call("mix", out.dtype)(
+    kernel("mix", out.dtype)(
         count,
         (ctypes.c_void_p * count)(*[x.data_ptr() for x in maps]),
         (ctypes.c_void_p * count)(*factors),
         (ctypes.c_longlong * count)(*[k.act for k in kept]),
         (ctypes.c_double * count)(*[k.weight for k in kept]),
-        *_rows(out),
+        *rows_of(out),
         relu,
-        _at(out),
+        address(out),
     )
     return out
 
@@ -206,89 +204,19 @@ def recomputing(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         return layer(x)
 
 
-@dataclass(frozen=True)
-class Window:
-    """A depthwise convolution's geometry; ``padding`` is top, bottom, left, right, in pixels."""
-
-    kernel: int
-    stride: int
-    dilation: int
-    padding: tuple[int, int, int, int]
-
-    def out_hw(self, height: int, width: int) -> tuple[int, int]:
-        top, bottom, left, right = self.padding
-        reach = self.dilation * (self.kernel - 1)
-        return (
-            (height + top + bottom - reach - 1) // self.stride + 1,
-            (width + left + right - reach - 1) // self.stride + 1,
-        )
-
-
-def depthwise(x: Tensor, weight: Tensor, window: Window) -> Tensor:
-    """x (B, C, H, W) by weight (C, 1, k, k), as ``conv2d`` with as many groups as channels."""
-    return _Depthwise.apply(_last(x), weight, window)  # type: ignore[return-value]
-
-
-class _Depthwise(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, window: Window) -> Tensor:
-        ctx.window = window
-        ctx.save_for_backward(x, weight)
-        batch, channels, height, width = x.shape
-        size = window.out_hw(height, width)
-        out = _empty(x, (batch, channels, *size))
-        _run(x, weight, out, window, transposed=False)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, weight = ctx.saved_tensors
-        gradient, window = _last(gradient), ctx.window
-        dx = dweight = None
-        if ctx.needs_input_grad[0]:
-            dx = _empty(x, x.shape)
-            _run(gradient, weight, dx, window, transposed=True)
-        if ctx.needs_input_grad[1]:
-            rows = weight.new_empty(window.kernel**2, x.shape[1])
-            _call("depthwise_weight", x.dtype)(
-                _at(x), _at(gradient), _at(rows), x.shape[0], *x.shape[2:], *gradient.shape[2:],
-                x.shape[1], *_numbers(window),
-            )  # fmt: skip
-            dweight = rows.t().reshape(weight.shape)
-        return dx, dweight, None
-
-
-def _run(x: Tensor, weight: Tensor, out: Tensor, window: Window, *, transposed: bool) -> None:
-    rows = weight.flatten(1).t().contiguous()
-    _call("depthwise", x.dtype)(
-        _at(x), _at(rows), _at(out), x.shape[0], *x.shape[2:], *out.shape[2:], x.shape[1],
-        *_numbers(window), transposed,
-    )  # fmt: skip
-
-
-def _numbers(window: Window) -> tuple[int, int, int, int, int]:
-    return window.kernel, window.stride, window.dilation, window.padding[0], window.padding[2]
-
-
-def _empty(x: Tensor, shape: Sequence[int]) -> Tensor:
-    size = torch.Size(shape)
-    return torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last)
-
-
-def _call(name: str, dtype: torch.dtype) -> Callable[..., Any]:
+def kernel(name: str, dtype: torch.dtype) -> Callable[..., Any]:
     return getattr(load_kernels().library, f"{name}_{SUFFIX[dtype]}")
 
 
-def _at(tensor: Tensor | None) -> int | None:
+def address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _rows(x: Tensor) -> tuple[int, int]:
+def rows_of(x: Tensor) -> tuple[int, int]:
     """Pixels of the batch, and channels."""
     return x.numel() // x.shape[1], x.shape[1]
 
 
-def _last(x: Tensor) -> Tensor:
+def channels_last(x: Tensor) -> Tensor:
     """Channels last in memory, without gaps."""
     return x.contiguous(memory_format=torch.channels_last)

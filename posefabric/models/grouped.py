@@ -22,13 +22,12 @@ from posefabric.models.fused import (
     RELU,
     RELU6,
     Term,
-    Window,
-    depthwise,
     recomputing,
     takes,
     takes_norm,
     weighted_sum,
 )
+from posefabric.models.fused_convolutions import Window, depthwise, pointwise
 from posefabric.models.native import load_kernels
 from posefabric.models.posenfs_backbones import Bottleneck
 from posefabric.models.timm_import import import_timm
@@ -89,13 +88,23 @@ class FastConv(Fast):
         return recomputing(layer.forward, input)
 
 
+class FastPointwise(Fast):
+    """A 1x1 convolution of every pixel."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        module: Any = self
+        if not _fits(module, input):
+            layer: Any = super()
+            return layer.forward(input)
+        return recomputing(lambda x: pointwise(x, module.weight, module.bias), input)
+
+
 class FastDepthwise(Fast):
     """A depthwise convolution without bias."""
 
     def forward(self, input: Tensor) -> Tensor:
         module: Any = self
-        fits = input.ndim == 4 and input.shape[1] == module.in_channels
-        if not (fits and module.training and takes(input)) or input.dtype != module.weight.dtype:
+        if not _fits(module, input):
             layer: Any = super()
             return layer.forward(input)
         window = _window(module, input)
@@ -234,7 +243,9 @@ def _fast_kind(module: nn.Module) -> type | None:
         known = drop is None or isinstance(drop, nn.Identity)
         return FastNorm if known and _activation(getattr(module, "act", None)) is not None else None
     if isinstance(module, nn.Conv2d):
-        return FastDepthwise if _is_known_depthwise(module) else FastConv
+        if _is_known_depthwise(module):
+            return FastDepthwise
+        return FastPointwise if _is_pointwise(module) else FastConv
     return None
 
 
@@ -251,6 +262,21 @@ def _activation(module: nn.Module | None) -> int | None:
     if isinstance(module, nn.ReLU6):
         return RELU6
     return RELU if isinstance(module, nn.ReLU) else None
+
+
+def _fits(conv: Any, x: Tensor) -> bool:
+    return (
+        conv.training
+        and x.ndim == 4
+        and x.shape[1] == conv.in_channels
+        and x.dtype == conv.weight.dtype
+        and takes(x)
+    )
+
+
+def _is_pointwise(conv: nn.Conv2d) -> bool:
+    one = all(set(v) == {1} for v in (conv.kernel_size, conv.stride))
+    return one and conv.groups == 1 and not isinstance(conv.padding, str) and not any(conv.padding)
 
 
 def _is_known_depthwise(conv: nn.Conv2d) -> bool:

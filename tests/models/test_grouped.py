@@ -14,7 +14,8 @@ from torch.nn import functional
 
 from posefabric.models import grouped
 from posefabric.models.backbones import make_backbone
-from posefabric.models.fused import RELU, RELU6, Term, Window, depthwise, weighted_sum
+from posefabric.models.fused import RELU, RELU6, Term, weighted_sum
+from posefabric.models.fused_convolutions import Window, depthwise
 from posefabric.models.grouped import Fast, chain, fast_path, plain_path
 from posefabric.models.native import Kernels, load_kernels
 from posefabric.models.network import first_non_finite
@@ -138,7 +139,9 @@ def test_a_sum_of_every_kind_of_term(channels: int) -> None:
 
     def plain() -> Tensor:
         total = weights[0] * functional.relu(copies[0](maps[0])) + weights[1] * maps[1]
-        return functional.relu(total + 0.5 * copies[1](maps[2]) + functional.relu6(copies[2](maps[3])))
+        return functional.relu(
+            total + 0.5 * copies[1](maps[2]) + functional.relu6(copies[2](maps[3]))
+        )
 
     terms = [
         Term(maps[0], weights[0], norms[0], RELU),
@@ -180,7 +183,9 @@ def blocks() -> dict[str, nn.Module]:
     return {
         "bottleneck": nn.Sequential(Bottleneck(6, 4, stride=2), Bottleneck(16, 4)),
         "inverted": InvertedResidual(6, 6, stride=1, expansion=3),
-        "chain": nn.Sequential(nn.Conv2d(6, 7, 3), nn.BatchNorm2d(7), nn.ReLU6(), nn.Conv2d(7, 2, 1)),
+        "chain": nn.Sequential(
+            nn.Conv2d(6, 7, 3), nn.BatchNorm2d(7), nn.ReLU6(), nn.Conv2d(7, 2, 1)
+        ),
     }
 
 

@@ -9,7 +9,13 @@ import torch
 
 from posefabric.structures import PosefabricError
 from posefabric.train import precision
-from posefabric.train.precision import FIRST_SCALE, autocast, has_bf16, make_scaler, resolve_precision
+from posefabric.train.precision import (
+    FIRST_SCALE,
+    autocast,
+    has_bf16,
+    make_scaler,
+    resolve_precision,
+)
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda")
