@@ -125,9 +125,13 @@ class _WeightedSum(torch.autograd.Function):
             dgamma = torch.empty_like(gamma) if gamma is not None and wanted[2] else None
             dbeta = torch.empty_like(beta) if beta is not None and wanted[3] else None
             slope = kernel("mix_backward", x.dtype)(
-                address(x), address(gradient), address(out), address(kept.stats), address(gamma), address(beta),
-                kept.act, kept.weight, *rows_of(x), bool(wanted[1]), address(dx), address(dgamma), address(dbeta),
-            )  # fmt: skip
+                *map(address, (x, gradient, out, kept.stats, gamma, beta)),
+                kept.act,
+                kept.weight,
+                *rows_of(x),
+                bool(wanted[1]),
+                *map(address, (dx, dgamma, dbeta)),
+            )
             dscalar = x.new_tensor(slope).view_as(scalar) if wanted[1] else None
             found += [dx, dscalar, dgamma, dbeta]
         return (None, None, *found)
@@ -139,9 +143,13 @@ def _statistics(x: Tensor, norm: nn.BatchNorm2d, gamma: Tensor | None, beta: Ten
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
     kernel("statistics", x.dtype)(
-        address(x), *rows_of(x), address(gamma), address(beta), address(norm.running_mean), address(norm.running_var),
-        norm.momentum, norm.eps, address(stats),
-    )  # fmt: skip
+        address(x),
+        *rows_of(x),
+        *map(address, (gamma, beta, norm.running_mean, norm.running_var)),
+        norm.momentum,
+        norm.eps,
+        address(stats),
+    )
     return stats
 
 

@@ -59,9 +59,10 @@ class _Depthwise(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             rows = weight.new_empty(window.kernel**2, x.shape[1])
             kernel("depthwise_weight", x.dtype)(
-                address(x), address(gradient), address(rows), x.shape[0], *x.shape[2:], *gradient.shape[2:],
-                x.shape[1], *_numbers(window),
-            )  # fmt: skip
+                *map(address, (x, gradient, rows)),
+                *_sizes(x, gradient),
+                *_numbers(window),
+            )
             dweight = rows.t().reshape(weight.shape)
         return dx, dweight, None
 
@@ -69,9 +70,13 @@ class _Depthwise(torch.autograd.Function):
 def _run(x: Tensor, weight: Tensor, out: Tensor, window: Window, *, transposed: bool) -> None:
     rows = weight.flatten(1).t().contiguous()
     kernel("depthwise", x.dtype)(
-        address(x), address(rows), address(out), x.shape[0], *x.shape[2:], *out.shape[2:], x.shape[1],
-        *_numbers(window), transposed,
-    )  # fmt: skip
+        *map(address, (x, rows, out)), *_sizes(x, out), *_numbers(window), transposed
+    )
+
+
+def _sizes(x: Tensor, out: Tensor) -> tuple[int, ...]:
+    """Batch, height and width of both, channels."""
+    return x.shape[0], *x.shape[2:], *out.shape[2:], x.shape[1]
 
 
 def _numbers(window: Window) -> tuple[int, int, int, int, int]:
@@ -93,9 +98,13 @@ class _Pointwise(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         matrix = weight.flatten(1).t()
-        pixels = _pixels(x)
-        out = pixels @ matrix if bias is None else torch.addmm(bias, pixels, matrix)
-        return _image(out, x)
+        # Not a view of the product: whoever comes next may write into it.
+        out = _empty(x, (x.shape[0], weight.shape[0], *x.shape[2:]))
+        if bias is None:
+            torch.mm(_pixels(x), matrix, out=_pixels(out))
+        else:
+            torch.addmm(bias, _pixels(x), matrix, out=_pixels(out))
+        return out
 
     @staticmethod
     @once_differentiable

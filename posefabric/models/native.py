@@ -59,7 +59,7 @@ def load_kernels() -> Kernels:
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept: ``XDG_CACHE_HOME/posefabric``, or ``~/.cache/posefabric``."""
+    """Where compiled kernels are kept: in ``XDG_CACHE_HOME`` or ``~/.cache``, under our name."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "posefabric"
 
 
@@ -89,7 +89,7 @@ def compile_kernels(compiler: list[str], folder: Path) -> Path:
             raise PosefabricError(
                 f"{compiler[0]} did not compile {SOURCE.name}: {done.stderr.strip()[-500:]}"
             )
-        os.replace(found, library)
+        found.replace(library)
     return library
 
 

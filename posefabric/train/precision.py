@@ -34,8 +34,8 @@ def resolve_precision(wanted: str, device: torch.device) -> Precision:
         )
     if wanted == "fp16" and device.type != "cuda":
         raise PosefabricError(
-            f"precision=fp16: needs a GPU, this run's device is {device.type}; use precision=fp32, or "
-            f"auto, which is bf16 where the device computes in it"
+            f"precision=fp16: needs a GPU, this run's device is {device.type}; use precision=fp32, "
+            f"or auto, which is bf16 where the device computes in it"
         )
     if wanted == "fp16":
         return "fp16"
