@@ -179,26 +179,36 @@ def _row_bytes(stats: Tensor) -> int:
 class Recipe:
     """How to have a map again that was not kept."""
 
-    x: Tensor
-    kept: _Kept
+    again: Callable[[], Tensor]
     version: int
 
     def __call__(self) -> Tensor:
-        return _mix([self.x], [self.kept], False)
+        return self.again()
 
 
 def _say_how_to_recompute(result: Tensor) -> None:
     node: Any = result.grad_fn
     if node is not None:
         x = node.saved_tensors[0].detach()
-        recipe = Recipe(x, node.kept[0], version=result._version)
-        result.recipe = recipe  # type: ignore[attr-defined]
+        kept = node.kept[0]
+        give_recipe(result, lambda: _mix([x], [kept], False))
+
+
+def give_recipe(result: Tensor, again: Callable[[], Tensor]) -> None:
+    """Say how to compute ``result`` again, to the layers that would keep it."""
+    result.recipe = Recipe(again, result._version)  # type: ignore[attr-defined]
+
+
+def recipe_of(x: Tensor) -> Recipe | None:
+    """None where there is none, or where somebody has written into x since."""
+    recipe: Recipe | None = getattr(x, "recipe", None)
+    return None if recipe is None or recipe.version != x._version else recipe
 
 
 def recomputing(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """``layer(x)`` that does not keep x for the backward pass where x tells its recipe."""
-    recipe: Recipe | None = getattr(x, "recipe", None)
-    if recipe is None or recipe.version != x._version:
+    recipe = recipe_of(x)
+    if recipe is None:
         return layer(x)
     place, shape = x.data_ptr(), x.shape
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from posefabric.models.fused import address, channels_last, kernel
+from posefabric.models.fused import address, channels_last, give_recipe, kernel, recipe_of
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,19 @@ class Window:
 
 
 def depthwise(x: Tensor, weight: Tensor, window: Window) -> Tensor:
-    """x (B, C, H, W) by weight (C, 1, k, k), as ``conv2d`` with as many groups as channels."""
-    return _Depthwise.apply(channels_last(x), weight, window)  # type: ignore[return-value]
+    """x (B, C, H, W) by weight (C, 1, k, k), as ``conv2d`` with as many groups as channels.
+
+    It is cheap enough to be computed again for a convolution that reads it.
+    """
+    recipe, kept = recipe_of(x), weight.detach()
+    x = channels_last(x)
+    result: Tensor = _Depthwise.apply(x, weight, window)  # type: ignore[assignment]
+    if recipe is None:
+        source = x.detach()
+        give_recipe(result, lambda: _convolved(source, kept, window))
+    else:
+        give_recipe(result, lambda: _convolved(recipe(), kept, window))
+    return result
 
 
 class _Depthwise(torch.autograd.Function):
@@ -41,11 +52,7 @@ class _Depthwise(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, window: Window) -> Tensor:
         ctx.window = window
         ctx.save_for_backward(x, weight)
-        batch, channels, height, width = x.shape
-        size = window.out_hw(height, width)
-        out = _empty(x, (batch, channels, *size))
-        _run(x, weight, out, window, transposed=False)
-        return out
+        return _convolved(x, weight, window)
 
     @staticmethod
     @once_differentiable
@@ -65,6 +72,12 @@ class _Depthwise(torch.autograd.Function):
             )
             dweight = rows.t().reshape(weight.shape)
         return dx, dweight, None
+
+
+def _convolved(x: Tensor, weight: Tensor, window: Window) -> Tensor:
+    out = _empty(x, (*x.shape[:2], *window.out_hw(*x.shape[2:])))
+    _run(x, weight, out, window, transposed=False)
+    return out
 
 
 def _run(x: Tensor, weight: Tensor, out: Tensor, window: Window, *, transposed: bool) -> None:

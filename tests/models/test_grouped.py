@@ -22,7 +22,7 @@ from posefabric.models.native import Kernels, load_kernels
 from posefabric.models.network import first_non_finite
 from posefabric.models.posenfs_backbones import Bottleneck, InvertedResidual
 from posefabric.search.bilevel import unrolled_gradients
-from posefabric.space.operations import build_operation
+from posefabric.space.operations import DepthwiseConv2d, build_operation
 from posefabric.structures import PoseBatch
 from posefabric.train.loss import LOSSES
 from posefabric.train.probe import Probe
@@ -364,3 +364,19 @@ def test_without_a_compiler_the_plain_path_stays_and_says_why(
     network = fast_path(make_supernet())
     assert not any(isinstance(m, Fast) for m in network.modules())
     assert "model.path=fast: no C++ compiler" in caplog.text
+
+
+def test_a_chain_of_recipes_keeps_what_it_starts_from() -> None:
+    """Norm, depthwise, pointwise: the product needs its input again, and that one the norm."""
+    layers = nn.Sequential(
+        nn.BatchNorm2d(4), nn.ReLU(), DepthwiseConv2d(4, kernel=3), nn.Conv2d(4, 4, 1, bias=False)
+    )
+    kept: list[Tensor] = []
+    x = noise(2, 4, 6, 6).float().contiguous(memory_format=torch.channels_last).requires_grad_()
+    network = fast_path(layers.train())
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        network(x)
+    maps = {
+        tensor.data_ptr() for tensor in kept if tensor.ndim == 4 and tensor.numel() == x.numel()
+    }
+    assert maps == {x.data_ptr()}
