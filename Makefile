@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(MARK) 'installing into $(VENV) (minutes the first time: torch is large)'
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) \
-		-c constraints.txt -e '.[viz,export,dev]'
+		-c constraints.txt -e '.[viz,data,export,openvino,dev]'
 	@touch $@
 
 demo: setup ## search, derive, train and export on synthetic people, into OUT

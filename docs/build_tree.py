@@ -20,6 +20,7 @@ STAGES = (
     "derive",
     "search",
     "deploy",
+    "bench",
 )
 
 

@@ -12,12 +12,14 @@ from typing import Annotated, Literal
 from cyclopts import App, Parameter
 
 from posefabric import __version__
+from posefabric.cli_bench import bench
 from posefabric.cli_data import data_app
 from posefabric.cli_output import counter, print_table, say
 from posefabric.cli_output import show as show_table
 from posefabric.cli_posenfs import import_posenfs, reference
-from posefabric.cli_study import paper
+from posefabric.cli_study import paper, study
 from posefabric.cli_train import Out, RunPath, derive, search, train
+from posefabric.distributed import from_first, is_first, joined, launched
 from posefabric.structures import PosefabricError
 
 app = App(
@@ -33,6 +35,11 @@ app.command(train)
 app.command(import_posenfs)
 app.command(reference)
 app.command(paper)
+app.command(study)
+app.command(bench)
+
+# What several processes started by torchrun can do together.
+TOGETHER = ("search", "train", "derive", "eval")
 
 Which = Annotated[str, Parameter(help="auto (newest compact), mixture, compact or a child's name")]
 
@@ -65,7 +72,7 @@ def evaluate(
     from posefabric.run import RunFolder
     from posefabric.train.phase import evaluate as run_evaluate
 
-    chosen = RunFolder.open(run).resolve(which)
+    chosen = RunFolder.open(run, writes=is_first()).resolve(which)
     say(f"evaluating {chosen.describe()}")
     config = with_overrides(chosen.config, overrides)
     dataset = open_dataset(config.data, split, boxes=config.data.boxes, evaluating=True)
@@ -80,7 +87,7 @@ def evaluate(
         progress=counter("persons"),
         submission=submission,
     )
-    result["profile"] = profile(network, config.data.input_wh)
+    result["profile"] = from_first(lambda: profile(network, config.data.input_wh))
     print_table(result)
     cost = result["profile"]
     say(
@@ -105,13 +112,14 @@ def predict(
     box_score: float = 0.0,
     threshold: float = 0.2,
     no_overlays: bool = False,
+    input_wh: tuple[int, int] | None = None,
 ) -> None:
     """Find joints in pictures: COCO-style JSON and overlays.
 
     Parameters
     ----------
     run
-        A run folder, or a model.onnx, which needs no torch.
+        A run folder, or a model.onnx or model.xml (OpenVINO), which need no torch.
     inputs
         Pictures, folders or globs.
     boxes
@@ -121,13 +129,23 @@ def predict(
         Leave out detected boxes with a lower score; detectors list many weak ones.
     threshold
         Draw joints from this score on.
+    input_wh
+        Width and height of the network's input, of a file exported with --dynamic-size.
     """
     from posefabric.deploy.prediction_files import predict_files
 
     if run.suffix == ".onnx":
         from posefabric.deploy.onnx_predictor import OnnxPoseEstimator
 
-        estimator = OnnxPoseEstimator(run)
+        estimator = OnnxPoseEstimator(run, input_wh=input_wh)
+    elif run.suffix == ".xml":
+        from posefabric.deploy.openvino_predictor import OpenvinoPoseEstimator
+
+        estimator = OpenvinoPoseEstimator(run, input_wh=input_wh)
+    elif input_wh is not None:
+        raise PosefabricError(
+            "--input-wh is for files exported with --dynamic-size; a run's network has its own"
+        )
     else:
         from posefabric.deploy.predictor import PoseEstimator
 
@@ -155,18 +173,65 @@ def export(
     out: Path | None = None,
     which: Which = "auto",
     no_decode: Annotated[bool, Parameter(help="leave decoding to the predictor")] = False,
+    dynamic_size: bool = False,
+    quantize: Literal["int8", "bf16"] | None = None,
+    openvino: bool = False,
+    max_loss: float = 0.5,
+    no_measure: bool = False,
 ) -> None:
-    """Export to ONNX, and check it against torch on validation pictures."""
+    """Export to ONNX and OpenVINO; check against torch, measure accuracy and latency.
+
+    Every file is compared with torch on validation pictures, measured on the validation persons
+    through its own runtime, and timed: the table is printed, in model.json, and in the report.
+
+    Parameters
+    ----------
+    out
+        The ONNX file, none: model.onnx in the run; the other files lie beside it.
+    dynamic_size
+        Input height and width are free, in steps of 32 pixels; the predictor decodes.
+    quantize
+        Also write the network in int8 (calibrated on training persons), or, with --openvino and
+        on a CPU that has it, in bf16.
+    openvino
+        Also write model.xml and model.bin.
+    max_loss
+        A quantised file that loses more points of PCK or AP is not written; exit code 1.
+    no_measure
+        Only check against torch.
+    """
+    from posefabric.deploy.export_text import printable
     from posefabric.deploy.run_export import export_run
     from posefabric.run import RunFolder
 
     opened = RunFolder.open(run)
     chosen = opened.resolve(which).overridden(overrides)
     say(f"exporting {chosen.describe()}")
-    path, check = export_run(chosen, out or opened.onnx_path, decode=not no_decode)
-    for key, value in check.items():
+    result = export_run(
+        chosen,
+        out or opened.onnx_path,
+        decode=not no_decode,
+        dynamic_size=dynamic_size,
+        quantize=quantize,
+        openvino=openvino,
+        max_loss=max_loss,
+        measure=not no_measure,
+        progress=counter("persons"),
+    )
+    for key, value in result.check.items():
         say(f"{key}: {value}")
-    say(f"written: {path}")
+    for row in result.recipes:
+        taken = ", taken" if row["chosen"] else ""
+        say(f"int8, {row['recipe']}: maxima move {row['moved_cells']:.3f} heatmap cells{taken}")
+    for name, check in result.checks.items():
+        facts = ", ".join(f"{key} {value:.3g}" for key, value in check.items())
+        say(f"{name} against torch: {facts}")
+    if result.table is not None:
+        show_table(printable(result.table))
+    for path in result.files:
+        say(f"written: {path}")
+    if result.refused:
+        raise PosefabricError("\n".join(result.refused))
 
 
 @app.command
@@ -221,11 +286,24 @@ def main() -> None:
     # OpenMP reads it when torch loads. Threads that wait soon sleep: those that spin, the default,
     # halve a training's speed beside any other job, and gain little alone.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        app()
+        launch = launched()
+        # What all processes would say is said once.
+        level = logging.WARNING if launch.rank == 0 else logging.ERROR
+        logging.basicConfig(level=level, format="%(levelname)s: %(message)s")
+        if launch.ranks > 1:
+            # A lost connection is told in our words, without torch's stack traces.
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        if launch.ranks > 1 and sys.argv[1:2] not in [[name] for name in TOGETHER]:
+            raise PosefabricError(
+                f"posefabric {' '.join(sys.argv[1:2])}: runs in one process, without torchrun; "
+                f"several can {', '.join(TOGETHER)}"
+            )
+        with joined(launch):
+            app()
     except PosefabricError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not getattr(error, "told", False):
+            print(f"error: {error}", file=sys.stderr)
         raise SystemExit(_exit_code(error)) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 
+from posefabric.distributed import is_first
+
 
 def counter(what: str):
     """A progress callback that rewrites one line on a terminal and is silent elsewhere."""
 
     def show(done: int, total: int) -> None:
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and is_first():
             end = "\n" if done >= total else ""
             print(f"\r{done} of {total} {what}", end=end, file=sys.stderr, flush=True)
 
@@ -17,14 +19,17 @@ def counter(what: str):
 
 
 def say(text: str) -> None:
-    """Print a line at once, also into a pipe."""
-    print(text, flush=True)
+    """Print a line at once, also into a pipe; of several processes, only the first."""
+    if is_first():
+        print(text, flush=True)
 
 
 def show(renderable: object) -> None:
     """Print a rich table."""
     from rich.console import Console
 
+    if not is_first():
+        return
     Console(highlight=False).print(renderable)
 
 

@@ -1,4 +1,4 @@
-"""The commands about many configurations: the paper's experiments."""
+"""The commands about many configurations: the paper's experiments, studies."""
 
 from __future__ import annotations
 
@@ -47,3 +47,26 @@ def paper(
 
         for name in names:
             say(run_briefly(name, out, mpii=mpii, coco=coco, overrides=overrides))
+
+
+def study(
+    file: str,
+    /,
+    *overrides: str,
+    out: Annotated[Path, Parameter(help="the study folder to write, or to go on with")],
+    jobs: Annotated[int, Parameter(help="runs side by side, each in a process of one thread")] = 1,
+    table: Annotated[bool, Parameter(help="make no run, write the tables anew")] = False,
+    final: Annotated[bool, Parameter(help="when all is made, read the test split, once")] = False,
+) -> None:
+    """Compare arms over seeds: make every missing run of a study, then write tables and verdicts.
+
+    Parameters
+    ----------
+    file
+        A shipped study (strategies_baselines, ablation) or a YAML file: see docs/study.md.
+    overrides
+        Options for every run, such as data.root=DIR; the folder remembers them.
+    """
+    from posefabric.study.study import run_study
+
+    run_study(file, overrides, out=out, jobs=jobs, table=table, final=final, say=say)

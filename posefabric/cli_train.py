@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
 from posefabric.cli_output import print_table, say
+from posefabric.distributed import from_first, is_first
 from posefabric.structures import PosefabricError
 
 if TYPE_CHECKING:
+    from posefabric.config import Config
     from posefabric.run import RunFolder
 
 Out = Annotated[Path, Parameter(help="the run folder to write")]
@@ -18,17 +21,32 @@ Resume = Annotated[bool, Parameter(help="go on with the run in that folder, exac
 RunPath = Annotated[Path, Parameter(help="a run folder")]
 
 
-def search(config: str | None = None, /, *overrides: str, out: Out, resume: Resume = False) -> None:
+def search(
+    config: str | None = None,
+    /,
+    *overrides: str,
+    out: Out,
+    parts: str | None = None,
+    budget: str | None = None,
+    resume: Resume = False,
+) -> None:
     """Search: train the mixture of all architectures, alpha and beta with it.
 
     Parameters
     ----------
     config
         A shipped name (see `posefabric show configs`) or a YAML file.
+    parts
+        The same as model.parts=...: a number, random:P, or learned:K, from the training persons.
+    budget
+        The same as search.budget=...: macs=0.3G or params=2M, of the compact network.
     """
     from posefabric.search.run_search import search as run_search
 
-    run = _open_or_create(out, "search", config, overrides, resume=resume)
+    given = {"model.parts": parts, "search.budget": budget}
+    overrides += tuple(f"{name}={value}" for name, value in given.items() if value is not None)
+
+    run = _shared(lambda: _open_or_create(out, "search", config, overrides, resume=resume))
     if run.state == "finished":
         say(f"{run.path}: is finished already")
         return
@@ -38,11 +56,15 @@ def search(config: str | None = None, /, *overrides: str, out: Out, resume: Resu
     say(f"{entropies}; next: posefabric derive {out} --finetune")
 
 
-def derive(run: RunPath, /, *overrides: str, finetune: bool = False) -> None:
+def derive(
+    run: RunPath, /, *overrides: str, budget: str | None = None, finetune: bool = False
+) -> None:
     """Derive a compact network from a searched mixture, as a child run.
 
     Parameters
     ----------
+    budget
+        The same as derive.budget=...: macs=0.3G or params=2M; by default the search's.
     finetune
         Train the compact network on, as `posefabric train` would.
     """
@@ -51,19 +73,29 @@ def derive(run: RunPath, /, *overrides: str, finetune: bool = False) -> None:
     from posefabric.derive.run_derive import derive as run_derive
     from posefabric.run import RunFolder
 
-    opened = RunFolder.open(run)
-    check_derivable(opened)
-    parent = opened.resolve("mixture")
-    config = with_overrides(parent.config, overrides)
-    child = parent.new_child("derive", config)
-    _, record = _failing_marked(child, lambda: run_derive(parent, child))
+    if budget is not None:
+        overrides = (*overrides, f"derive.budget={budget}")
+
+    def derived() -> tuple[Path, dict]:
+        opened = RunFolder.open(run)
+        check_derivable(opened)
+        parent = opened.resolve("mixture")
+        child = parent.new_child("derive", with_overrides(parent.config, overrides))
+        _, record = _failing_marked(child, lambda: run_derive(parent, child))
+        return child.path, record
+
+    path, record = from_first(derived)
     for step, counts in record["steps"].items():
         say(f"{step:>10}: " + ", ".join(f"{v} {k}" for k, v in counts.items()))
     for step, value in record["differences"].items():
         say(f"{step:>10}: outputs moved by {value:.2e} of the largest")
-    say(f"derived: {child.path}")
-    if finetune or config.derive.finetune:
-        train(str(child.path))
+    say(
+        f"derived: {path}: {record['macs'] / 1e6:.1f} M multiply-adds, "
+        f"{record['params'] / 1e6:.2f} M parameters"
+        + (f", within {record['budget']}" if record["budget"] else "")
+    )
+    if finetune or RunFolder.open(path).config.derive.finetune:
+        train(str(path))
 
 
 def train(
@@ -89,21 +121,25 @@ def train(
     if out is not None or _is_config(run):
         _train_baseline(run, overrides, out, resume=resume)
         return
-    opened = RunFolder.open(str(run))
+    opened = RunFolder.open(str(run), writes=is_first())
     if resume:
-        child = _unfinished_child(opened)
+        found = from_first(lambda: _unfinished_child(opened).path)
+        child = RunFolder.open(found, writes=is_first())
         if child.config.model.network != "fabric" and child.parent is None:
             _train_baseline(None, overrides, child.path, resume=True)
             return
-        child = RunFolder.create(
-            child.path, config=with_overrides(child.config, overrides), kind="train", exist_ok=True
+        settings = with_overrides(child.config, overrides)
+        child = _shared(
+            lambda: RunFolder.create(found, config=settings, kind="train", exist_ok=True)
         )
-        parent = child.parent
-        if parent is None:
-            raise PosefabricError(f"{child.path}: the run it was derived from is gone")
     else:
-        parent = opened.resolve("compact")
-        child = parent.new_child("train", with_overrides(parent.config, overrides))
+        compact = from_first(lambda: opened.resolve("compact").path)
+        above = RunFolder.open(compact, writes=is_first())
+        settings = with_overrides(above.config, overrides)
+        child = _shared(lambda: above.new_child("train", settings))
+    parent = child.parent
+    if parent is None:
+        raise PosefabricError(f"{child.path}: the run it was derived from is gone")
     say(f"training {parent.describe()} on, in {child.path}")
     _, result = _failing_marked(child, lambda: finetune(parent, child))
     print_table(result)
@@ -132,7 +168,7 @@ def _train_baseline(
         raise PosefabricError(
             f"{config}: is a run folder, whose trainings are its children; leave out --out"
         )
-    run = _open_or_create(out, "train", config, overrides, resume=resume)
+    run = _shared(lambda: _open_or_create(out, "train", config, overrides, resume=resume))
     if run.state == "finished":
         say(f"{run.path}: is finished already")
         return
@@ -161,6 +197,8 @@ def _open_or_create(
     else:
         settings = load_config(config, overrides)
     check_trainable(settings, kind)
+    if str(settings.model.parts).startswith("learned"):
+        settings = _with_learned_parts(settings)
     # A mistake in the user's own file is told of that file, not of the run's copy.
     load_skeleton(settings.data.skeleton)
     for section, option in ((settings.data, "root"), (settings.model, "weights")):
@@ -169,6 +207,33 @@ def _open_or_create(
             # Later commands may be given from another folder.
             setattr(section, option, str(Path(given).resolve()))
     return RunFolder.create(out, config=settings, kind=kind, exist_ok=resume)
+
+
+def _with_learned_parts(settings: Config) -> Config:
+    """The run keeps the parts themselves: what is read later is what was searched."""
+    from posefabric.data.pipeline import open_dataset
+    from posefabric.evaluate.groups import learn_parts, part_count, sample_persons
+
+    dataset = sample_persons(open_dataset(settings.data, "train", evaluating=True))
+    found = learn_parts(dataset, part_count(str(settings.model.parts)))
+    for name, members in found.parts.items():
+        say(f"{name}: {', '.join(members)}")
+    model = settings.model.model_copy(update={"parts": found.parts})
+    return settings.model_copy(update={"model": model})
+
+
+def _shared(make: Callable[[], RunFolder]) -> RunFolder:
+    """The first process makes or takes up the run; the others open it and write nothing."""
+    from posefabric.run import RunFolder
+
+    made: list[RunFolder] = []
+
+    def make_first() -> Path:
+        made.append(make())
+        return made[0].path
+
+    path = from_first(make_first)
+    return made[0] if made else RunFolder.open(path, writes=False)
 
 
 def _unfinished_child(run: RunFolder) -> RunFolder:

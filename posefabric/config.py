@@ -49,6 +49,11 @@ class Config(Section):
     seed: int = Field(default=0, ge=0, lt=2**32)
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
     threads: int | None = Field(default=None, ge=1)
+    sync_norms: bool = Field(
+        default=True,
+        description="with several processes, batch norms in training see the whole batch, as in "
+        "one process; false: each process's share of it",
+    )
     data: DataConfig = Field(default_factory=DataConfig)
     augment: AugmentConfig = Field(default_factory=AugmentConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)

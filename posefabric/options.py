@@ -13,6 +13,8 @@ from pydantic import (
     model_validator,
 )
 
+from posefabric.budget import Budget
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True)
@@ -31,7 +33,7 @@ class DataConfig(Section):
     File names are relative to ``root``, which comes from the command line.
     """
 
-    format: Literal["coco", "mpii", "synthetic"] = "coco"
+    format: Literal["coco", "mpii", "synthetic", "shards"] = "coco"
     root: str | None = None
     skeleton: str = "coco17"
     train_annotations: str = "annotations/train.json"
@@ -95,8 +97,13 @@ class DataConfig(Section):
         default=None, description="flip test moves mirrored maps by one pixel; none: by preset"
     )
     workers: int = Field(default=1, ge=0)
-    cache: bool = Field(
-        default=True, description="keep decoded uint8 crops in memory after the first epoch"
+    cache: bool | Literal["memory", "device", "off"] = Field(
+        default=True,
+        description="where decoded uint8 crops stay after the first epoch: memory (true), the "
+        "device (nothing is moved to it any more), or off (false)",
+    )
+    shard_window: int = Field(
+        default=16, ge=1, description="format=shards: shards whose persons are mixed at a time"
     )
 
     @field_validator("input_wh")
@@ -159,7 +166,8 @@ class ModelConfig(Section):
     parts: int | str | dict[str, tuple[str, ...]] = Field(
         default=3,
         description="P, a grouping of the skeleton file; `random:P`, a random partition by `seed` "
-        "(`random`: 3 parts); or part to keypoint names",
+        "(`random`: 3 parts); `learned:K` or `learned`, from the training persons; or part to "
+        "keypoint names",
     )
     channel_factor: int = Field(default=8, ge=1, description="C: a node has 4 C 2**scale channels")
     depth: int = Field(default=6, ge=1)
@@ -189,8 +197,11 @@ class ModelConfig(Section):
     def _grouping_or_random(cls, value: Any) -> Any:
         if isinstance(value, str) and value.isdecimal():
             return int(value)
-        if isinstance(value, str) and not re.fullmatch(r"random(:[1-9]\d*)?", value):
-            raise ValueError("expected a number of parts, random, or random:P such as random:5")
+        if isinstance(value, str) and not re.fullmatch(r"(random|learned)(:[1-9]\d*)?", value):
+            raise ValueError(
+                "expected a number of parts, random or learned, or one with a number of parts such "
+                "as random:5 or learned:4"
+            )
         return value
 
 
@@ -249,10 +260,22 @@ class OptimConfig(Section):
 class SearchConfig(OptimConfig):
     """The supernet's training, in which alpha and beta are learned."""
 
-    strategy: Literal["uniform", "random", "synchronous", "first_order", "second_order"] = (
-        "synchronous"
+    strategy: Literal[
+        "uniform",
+        "random",
+        "synchronous",
+        "first_order",
+        "second_order",
+        "gumbel",
+        "gates",
+        "beta_decay",
+    ] = "synchronous"
+    relaxation: Literal["softmax", "sparsemax"] = Field(
+        default="softmax", description="not of gumbel and gates, which have their own"
     )
-    relaxation: Literal["softmax", "sparsemax"] = "softmax"
+    beta_decay_weight: float = Field(
+        default=25.0, ge=0, description="beta_decay: final weight of the logits' log-sum-exp"
+    )
     temperature_end: float = Field(
         default=1.0, gt=0, le=1, description="logits are divided by it at the end"
     )
@@ -280,6 +303,19 @@ class SearchConfig(OptimConfig):
     sparsity_start: float = Field(
         default=0.3, ge=0, lt=1, description="share of the search before it rises"
     )
+    budget: str | None = Field(
+        default=None,
+        description="of the compact network, such as macs=0.3G or params=2M; the search is pressed "
+        "towards it, derivation ends inside it",
+    )
+    budget_weight: float = Field(
+        default=5.0, ge=0, description="final weight of the expected cost's share above budget"
+    )
+
+    @field_validator("budget")
+    @classmethod
+    def _budget(cls, value: str | None) -> str | None:
+        return value if value is None else str(Budget.parse(value))
 
 
 class DeriveConfig(Section):
@@ -294,7 +330,15 @@ class DeriveConfig(Section):
     sources_kept: int | None = Field(
         default=None, ge=1, le=3, description="most sources a cell keeps"
     )
+    budget: str | None = Field(
+        default=None, description="macs=0.3G or params=2M; none: search.budget"
+    )
     finetune: bool = False
+
+    @field_validator("budget")
+    @classmethod
+    def _budget(cls, value: str | None) -> str | None:
+        return value if value is None else str(Budget.parse(value))
 
 
 class EvaluationConfig(Section):

@@ -71,6 +71,8 @@ class PersonDataset:
         ground_truth: False for a test split whose keypoints are not given; nothing is measured.
         has_areas: False where persons have no area that OKS could be measured in.
         source_path: the annotation file where it is not COCO's.
+        groups: (len(persons),) int64, the shard each person's picture lies in; training then
+            goes through a few shards at a time. None: pictures are read in any order.
     """
 
     name: str
@@ -84,6 +86,7 @@ class PersonDataset:
     ground_truth: bool = True
     has_areas: bool = True
     source_path: str | None = None
+    groups: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.persons)

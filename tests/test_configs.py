@@ -41,3 +41,4 @@ def test_they_are_in_the_wheel() -> None:
         pytest.skip("needs the checkout")
     data = (root / "pyproject.toml").read_text()
     assert '"configs/*.yaml"' in data and '"configs/paper/*.yaml"' in data
+    assert '"configs/study/*.yaml"' in data

@@ -17,6 +17,7 @@ from pydantic import BaseModel
 
 from posefabric.config import Config, config_from_tree, shipped_configs
 from posefabric.skeletons import skeleton_from_tree
+from posefabric.study.plan import StudyFile
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -159,6 +160,8 @@ def test_yaml_in_the_documents_loads(block):
     if "keypoints" in tree:
         skeleton = skeleton_from_tree(tree, origin=block.document.name)
         assert skeleton.num_keypoints > 1 and len(skeleton.groupings) > 1
+    elif "arms" in tree:
+        assert StudyFile.model_validate(tree).variants()
     else:
         config_from_tree(tree, origin=block.document.name)
 

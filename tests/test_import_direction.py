@@ -17,7 +17,7 @@ ROOT = Path(posefabric.__file__).parent
 # What stands right may import what stands left; the stages of one entry know nothing of
 # each other.
 ORDER: tuple[tuple[str, ...], ...] = (
-    ("structures",),
+    ("structures", "budget"),
     ("options",),
     ("config",),
     ("run", "distributed", "skeletons"),
@@ -30,7 +30,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("deploy",),
     ("study", "bench"),
     ("cli_output",),
-    ("cli_data", "cli_posenfs", "cli_study", "cli_train"),
+    ("cli_bench", "cli_data", "cli_posenfs", "cli_study", "cli_train"),
     ("cli",),
     ("__main__",),
 )
@@ -40,6 +40,7 @@ TORCH_FREE = (
     "posefabric.structures",
     "posefabric.config",
     "posefabric.run",
+    "posefabric.distributed",
     "posefabric.skeletons",
     "posefabric.data.coco",
     "posefabric.data.image",
@@ -47,6 +48,7 @@ TORCH_FREE = (
     "posefabric.space.architecture",
     "posefabric.cli",
     "posefabric.deploy.onnx_predictor",
+    "posefabric.deploy.openvino_predictor",
 )
 
 FILES = sorted(ROOT.rglob("*.py"))

@@ -54,6 +54,9 @@ CASES: dict[str, dict[str, Any]] = {
             temperature_end=0.5,
         )
     ),
+    "gumbel": dict(search=dict(strategy="gumbel", temperature_end=0.5)),
+    "gates": dict(search=dict(strategy="gates", sparsity=0.1, source_sparsity=0.1)),
+    "beta_decay": dict(search=dict(strategy="beta_decay")),
     "second_order": dict(search=dict(strategy="second_order", epochs=5.0)),
     "bf16": dict(search=dict(precision="bf16"), model=dict(head="vector", frozen_stem=True)),
 }
@@ -88,9 +91,13 @@ def make_trainer(
     strategy: Strategy | None = None,
     dataset: PersonDataset | None = None,
     validate: Callable[[Any], dict[str, float]] | None = None,
+    writes: bool = True,
 ) -> Trainer:
     """A trainer in a new or an existing run folder, as a fresh process would make it."""
-    run = RunFolder.create(folder, config=config, kind="search", exist_ok=True)
+    if writes:
+        run = RunFolder.create(folder, config=config, kind="search", exist_ok=True)
+    else:
+        run = RunFolder.open(folder, writes=False)
     network = build_supernet(config)
     optim: OptimConfig = config.search
     strategy = strategy or STRATEGIES[config.search.strategy](config.search)
@@ -113,6 +120,7 @@ def make_trainer(
         phase="search",
         seed=config.seed,
         device=torch.device("cpu"),
+        sync_norms=config.sync_norms,
         validate=validate,
     )
 

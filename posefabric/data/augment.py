@@ -35,6 +35,9 @@ class Draws:
     uniform: Tensor
     colour: Tensor
 
+    def of(self, rows: slice) -> Draws:
+        return Draws(self.normal[rows], self.uniform[rows], self.colour[rows])
+
 
 def draw(count: int, generator: torch.Generator) -> Draws:
     """Draw for ``count`` persons; the numbers are float32 on the CPU."""

@@ -57,6 +57,8 @@ def prepare_batch(
     augment: AugmentConfig | None,
     generator: torch.Generator | None,
     device: torch.device | str,
+    rows: slice | None = None,
+    whole: int | None = None,
 ) -> PoseBatch:
     """Augment, encode and normalise a batch on the device.
 
@@ -64,6 +66,9 @@ def prepare_batch(
     and augmentation become one linear warp, and everything random comes from ``generator``,
     which moves on by the same amount for every batch of the same size. The warp also shrinks
     to the codec's input where that is smaller than the geometry's.
+
+    ``rows`` says which these persons are of a batch of ``whole`` that several processes share;
+    each is then augmented as in the whole batch.
 
     Raises PosefabricError when the crops are not of ``geometry``, when ``augment`` comes
     without a generator, or when codec and geometry do not belong together.
@@ -80,7 +85,8 @@ def prepare_batch(
         middle = crops[:, border_y : border_y + height, border_x : border_x + width]
         images = middle.permute(0, 3, 1, 2).float()
     else:
-        draws = draw(len(crops), generator)
+        draws = draw(len(crops) if whole is None else whole, generator)
+        draws = draws if rows is None else draws.of(rows)
         extra, flip = augment_transforms(
             draws, keypoints, visibility, config=augment, geometry=geometry, skeleton=skeleton
         )

@@ -27,6 +27,11 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
         raise DataError(f"{path}: no such picture{hint}; check the images folder") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    return decode_image(data, path)
+
+
+def decode_image(data: bytes, path: str | os.PathLike[str]) -> np.ndarray:
+    """The same of an encoded picture in memory; ``path`` is what errors call it."""
     damage = find_truncation(data)
     if damage:
         raise DataError(f"{path}: {damage}; fetch the picture again or leave it out")

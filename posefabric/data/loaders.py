@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from posefabric.data.crop import CropGeometry
 from posefabric.data.reader import CropReader, LoadedBatch, make_cache
+from posefabric.distributed import Launch, share
 from posefabric.structures import CropBatch, DataError, PersonDataset, PosefabricError
 
 OnBadImage = Literal["error", "skip"]
@@ -31,6 +33,8 @@ class CropLoader:
         on_bad_image: ``error`` raises DataError, ``skip`` gives a black crop without keypoints
             and counts the file in ``unreadable``.
         drop_last: leave out a last, smaller batch.
+        launch: this process's place; it reads its share of every batch. None: all of it.
+        window: groups of ``dataset.groups`` (shards) whose persons are mixed at a time.
     """
 
     def __init__(
@@ -45,15 +49,24 @@ class CropLoader:
         cache: bool = False,
         on_bad_image: OnBadImage = "error",
         drop_last: bool = False,
+        launch: Launch | None = None,
+        window: int = 16,
     ) -> None:
         self.rows = _checked_rows(dataset, rows)
         self.batch_size = batch_size
         self.seed = seed
         self.drop_last = drop_last
+        self.launch = launch or Launch()
         self.unreadable: dict[str, str] = {}
         if batch_size < 1 or workers < 0:
             raise PosefabricError(
                 f"batch_size {batch_size} and workers {workers}: expected at least 1 and 0"
+            )
+        if batch_size < self.launch.ranks:
+            raise PosefabricError(
+                f"{dataset.name}: batches of {batch_size} persons for {self.launch.ranks} "
+                "processes, each of which needs one or more; use a larger batch_size or fewer "
+                "processes"
             )
         if on_bad_image not in ("error", "skip"):
             raise PosefabricError(f"on_bad_image: expected error or skip, got {on_bad_image}")
@@ -62,16 +75,20 @@ class CropLoader:
                 f"{dataset.name}: {len(self.rows)} persons give no batch of {batch_size} with "
                 "drop_last; use a smaller batch_size"
             )
+        self._window = window
+        self._groups = dataset.groups
         self._plan = _Plan()
         self._runs = 0
         # A generator of its own keeps torch's global one untouched by iterating.
+        reader = CropReader(
+            dataset,
+            geometry,
+            skip=on_bad_image == "skip",
+            cache=make_cache(dataset, self.rows, geometry, workers) if cache else None,
+        )
+        self.persons = reader.persons
         self._loader: DataLoader[LoadedBatch] = DataLoader(
-            CropReader(
-                dataset,
-                geometry,
-                skip=on_bad_image == "skip",
-                cache=make_cache(dataset, self.rows, geometry, workers) if cache else None,
-            ),
+            reader,
             batch_size=None,
             sampler=self._plan,
             num_workers=workers,
@@ -90,19 +107,30 @@ class CropLoader:
         """Rows of ``dataset.persons`` in the order of an epoch, (N,) int64."""
         if self.seed is None:
             return self.rows
-        return np.random.default_rng([self.seed, epoch]).permutation(self.rows)
+        generator = np.random.default_rng([self.seed, epoch])
+        if self._groups is None:
+            return generator.permutation(self.rows)
+        return shuffle_in_windows(self.rows, self._groups, self._window, generator)
 
-    def batches(self, epoch: int = 0, start: int = 0) -> Iterator[CropBatch]:
+    def plan(self, epoch: int = 0, start: int = 0) -> list[list[int]]:
+        """The rows of this process's share of batches ``start`` to the last of an epoch."""
+        order, size = self.order(epoch), self.batch_size
+        batches = [order[k * size : (k + 1) * size] for k in range(start, len(self))]
+        return [rows[share(len(rows), self.launch)].tolist() for rows in batches]
+
+    def batches(
+        self, epoch: int = 0, start: int = 0, *, only: Sequence[bool] | None = None
+    ) -> Iterator[CropBatch]:
         """Batches ``start`` to the last of an epoch; those before are not read.
+
+        ``only``: of those, the ones to read.
 
         Raises DataError with the reader's own message for a bad picture, unless they are
         skipped. One iteration of a loader goes on at a time: PosefabricError otherwise.
         """
-        order = self.order(epoch)
-        size = self.batch_size
-        self._plan.batches = [
-            order[k * size : (k + 1) * size].tolist() for k in range(start, len(self))
-        ]
+        plan = self.plan(epoch, start)
+        chosen = plan if only is None else itertools.compress(plan, only)
+        self._plan.batches = list(chosen)
         self._runs += 1
         run = self._runs
         for loaded in self._loader:
@@ -116,6 +144,28 @@ class CropLoader:
                     "batches() was called again while an earlier iteration went on; finish the "
                     "first, or make a second CropLoader"
                 )
+
+
+def shuffle_in_windows(
+    rows: np.ndarray, groups: np.ndarray, window: int, generator: np.random.Generator
+) -> np.ndarray:
+    """``rows`` in a random order that goes through a few groups at a time.
+
+    Groups (``groups[row]``) come in a random order, ``window`` of them together, and the rows of
+    these are mixed. Up to ``window`` groups that is a permutation like any other.
+    """
+    own = groups[rows]
+    names = np.unique(own)
+    if len(names) <= window:
+        return generator.permutation(rows)
+    mixed = generator.permutation(names)
+    # Rows sorted by their group's place, so that a window is a slice.
+    place = np.empty(names[-1] + 1, dtype=np.int64)
+    place[mixed] = np.arange(len(mixed))
+    turn = place[own] // window
+    order = np.argsort(turn, kind="stable")
+    cuts = np.searchsorted(turn[order], np.arange(1, turn.max() + 1))
+    return np.concatenate([generator.permutation(part) for part in np.split(rows[order], cuts)])
 
 
 def split_by_image(

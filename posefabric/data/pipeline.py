@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,9 +18,12 @@ from posefabric.data.coco import read_coco
 from posefabric.data.codec import Codec, default_sigma
 from posefabric.data.conventions import Conventions, choose_conventions
 from posefabric.data.crop import CropGeometry
+from posefabric.data.device_cache import DeviceCache, fits_device
 from posefabric.data.loaders import CropLoader, split_by_image
 from posefabric.data.mpii import read_mpii
+from posefabric.data.shards import ShardPictures, read_index
 from posefabric.data.synthetic import synthetic_people
+from posefabric.distributed import place, share
 from posefabric.skeletons import Skeleton, load_skeleton
 from posefabric.structures import CropBatch, PersonDataset, PoseBatch, PosefabricError
 
@@ -38,6 +42,8 @@ def open_dataset(
 
     Raises PosefabricError when ``data.root`` is missing or has no such split.
     """
+    if config.format == "shards":
+        return _open_shards(config, split, boxes=boxes, evaluating=evaluating)
     skeleton = load_skeleton(config.skeleton)
     if config.format == "synthetic":
         count = {"train": config.synthetic_train}.get(split, config.synthetic_val)
@@ -81,6 +87,21 @@ def open_dataset(
         grow_boxes=grow == "everywhere" or (grow == split and not evaluating),
         name=name,
     )
+
+
+def _open_shards(
+    config: DataConfig, split: Split, *, boxes: str | None, evaluating: bool
+) -> PersonDataset:
+    """The persons of the annotation file that the shards were written from."""
+    if config.root is None:
+        raise PosefabricError("data.root is not set; give the shards' folder: data.root=OUT")
+    folder = Path(config.root) / getattr(config, f"{split}_images")
+    index = read_index(folder)
+    plain = config.model_copy(update={"format": index.source})
+    dataset = open_dataset(plain, split, boxes=boxes, evaluating=evaluating)
+    pictures = ShardPictures(index, folder)
+    groups = pictures.groups(dataset.persons)
+    return replace(dataset, read_image=pictures, groups=groups)
 
 
 def _found(path: Path, root: Path) -> Path:
@@ -130,6 +151,7 @@ class TrainingData:
     """Seeded, augmented batches of one data set: a function of (seed, step) alone.
 
     With ``small_codec`` the first ``small_steps`` batches have its smaller input.
+    ``wait_seconds``: how long :meth:`crops` has waited for its loader.
     """
 
     dataset: PersonDataset
@@ -142,6 +164,8 @@ class TrainingData:
     device: torch.device
     small_codec: Codec | None = None
     small_steps: int = 0
+    device_cache: DeviceCache | None = None
+    wait_seconds: float = 0.0
 
     @classmethod
     def open(
@@ -158,16 +182,20 @@ class TrainingData:
         """``rows``: the persons of the data set to use; none: all."""
         dataset = open_dataset(config.data, "train") if dataset is None else dataset
         geometry = make_geometry(config.data, TRAINING_MARGIN)
+        count, cache = len(dataset) if rows is None else len(rows), config.data.cache
+        on_device = cache == "device" and fits_device(count, geometry, device)
         loader = CropLoader(
             dataset,
             geometry,
-            batch_size=min(optim.batch_size, len(dataset) if rows is None else len(rows)),
+            batch_size=min(optim.batch_size, count),
             rows=rows,
             seed=seed,
             workers=config.data.workers,
-            cache=config.data.cache,
+            cache=bool(cache) and cache != "off" and not on_device,
             on_bad_image=config.data.on_bad_image,
             drop_last=True,
+            launch=place(),
+            window=config.data.shard_window,
         )
         small = optim.small_input_wh
         return cls(
@@ -181,6 +209,7 @@ class TrainingData:
             device=device,
             small_codec=None if small is None else make_codec(config.data, small),
             small_steps=round(optim.small_input_until * optim.epochs * len(loader)),
+            device_cache=DeviceCache(loader, geometry, device) if on_device else None,
         )
 
     @classmethod
@@ -239,7 +268,12 @@ class TrainingData:
         """(step, crops) from ``step`` on, without end."""
         while True:
             epoch, start = divmod(step, self.steps_per_epoch)
-            for batch in self.loader.batches(epoch, start):
+            source = self.loader if self.device_cache is None else self.device_cache
+            batches = source.batches(epoch, start)
+            for _ in range(start, self.steps_per_epoch):
+                began = time.perf_counter()
+                batch = next(batches)
+                self.wait_seconds += time.perf_counter() - began
                 yield step, batch
                 step += 1
 
@@ -257,4 +291,6 @@ class TrainingData:
             augment=self.augment,
             generator=generator,
             device=self.device,
+            rows=share(self.loader.batch_size, self.loader.launch),
+            whole=self.loader.batch_size,
         )

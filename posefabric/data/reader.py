@@ -14,6 +14,8 @@ import torch
 from torch.utils.data import Dataset
 
 from posefabric.data.crop import CropGeometry, crop_person
+from posefabric.data.packed import PackedPersons
+from posefabric.distributed import place
 from posefabric.structures import CropBatch, DataError, Person, PersonDataset
 
 logger = logging.getLogger(__name__)
@@ -46,7 +48,8 @@ class CropReader(Dataset[LoadedBatch]):
     def __init__(
         self, dataset: PersonDataset, geometry: CropGeometry, *, skip: bool, cache: CropCache | None
     ) -> None:
-        self.dataset = dataset
+        self.persons = PackedPersons(dataset.persons)
+        self.read_image = dataset.read_image
         self.geometry = geometry
         self.skip = skip
         self.cache = cache
@@ -54,27 +57,26 @@ class CropReader(Dataset[LoadedBatch]):
 
     def __getitem__(self, rows: Any) -> LoadedBatch:
         width, height = self.geometry.crop_wh
-        persons = [self.dataset.persons[row] for row in rows]
+        persons = [self.persons[row] for row in rows]
         crops = np.zeros((len(rows), height, width, 3), dtype=np.uint8)
         matrices = np.zeros((len(rows), 2, 3), dtype=np.float32)
-        visibility = np.stack([person.visibility for person in persons]).astype(np.uint8)
+        visibility = self.persons.visibility[rows]
         unreadable = np.zeros(len(rows), dtype=bool)
         reasons: dict[str, str] = {}
-        for place, (row, person) in enumerate(zip(rows, persons, strict=True)):
+        for at, (row, person) in enumerate(zip(rows, persons, strict=True)):
             try:
-                crops[place], matrices[place] = self._crop(row, person)
+                crops[at], matrices[at] = self._crop(row, person)
             except DataError as error:
                 if not self.skip:
                     return LoadedBatch(batch=None, unreadable={}, error=str(error))
-                matrices[place] = np.eye(2, 3, dtype=np.float32)
-                visibility[place] = 0
-                unreadable[place] = True
+                matrices[at] = np.eye(2, 3, dtype=np.float32)
+                visibility[at] = 0
+                unreadable[at] = True
                 reasons[person.file] = str(error)
-        keypoints = np.stack([person.keypoints for person in persons]).astype(np.float32)
         batch = CropBatch(
             crops=torch.from_numpy(crops),
             image_to_crop=torch.from_numpy(matrices),
-            keypoints=torch.from_numpy(keypoints),
+            keypoints=torch.from_numpy(self.persons.keypoints[rows]),
             visibility=torch.from_numpy(visibility),
             index=torch.tensor(rows, dtype=torch.int64),
             unreadable=torch.from_numpy(unreadable),
@@ -104,7 +106,7 @@ class CropReader(Dataset[LoadedBatch]):
         # In evaluation the persons of a picture follow each other.
         key = (person.file, person.image_id)
         if self._last is None or self._last[0] != key:
-            self._last = (key, self.dataset.read_image(person))
+            self._last = (key, self.read_image(person))
         return self._last[1]
 
 
@@ -118,9 +120,11 @@ def make_cache(
     width, height = geometry.crop_wh
     unique = np.unique(rows)
     needed = len(unique) * width * height * 3
-    limit = int(CACHE_SHARE * available_memory())
+    # Each process of a machine has a cache of its own, in the end of everybody.
+    limit = int(CACHE_SHARE * available_memory()) // place().local_ranks
     if workers and SHARED_MEMORY.is_dir():
-        limit = min(limit, shutil.disk_usage(SHARED_MEMORY).free // 2)
+        free = shutil.disk_usage(SHARED_MEMORY).free // place().local_ranks
+        limit = min(limit, free // 2)
     if needed > limit:
         logger.warning(
             "%s: %d crops of %dx%d would take %.2f GB, more than a cache may have (%.2f GB: a "

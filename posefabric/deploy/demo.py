@@ -8,6 +8,7 @@ from pathlib import Path
 from posefabric.config import load_config
 from posefabric.data.pipeline import open_dataset
 from posefabric.data.synthetic import write_coco
+from posefabric.deploy.export_text import printable
 from posefabric.deploy.metro import architecture_image
 from posefabric.deploy.prediction_files import predict_files
 from posefabric.deploy.predictor import PoseEstimator
@@ -60,9 +61,11 @@ def run_demo(
     measured = measure(stages(run))
     show(summary_table(measured))
     say("5. Export to ONNX, and check it with onnxruntime")
-    path, check = export_run(compact, run.onnx_path)
-    for key, value in check.items():
+    exported = export_run(compact, run.onnx_path)
+    for key, value in exported.check.items():
         say(f"   {key}: {value}")
+    if exported.table is not None:
+        show(printable(exported.table))
     say("6. Find joints in new pictures")
     fresh = open_dataset(config.data, "test")
     pictures = out / "pictures"
@@ -86,7 +89,7 @@ def run_demo(
     for what, where in (
         ("mixture", run.architecture_path),
         ("compact", run.path / "compact_architecture.json"),
-        ("ONNX", path),
+        ("ONNX", exported.path),
         ("overlays", run.overlays_dir),
         ("pictures", run.path / "predictions"),
         ("report", report),

@@ -61,7 +61,7 @@ def draw_architecture(
 
     Raises PosefabricError where matplotlib is missing or there are no parts.
     """
-    figure_class = _matplotlib_figure()
+    figure_class = matplotlib_figure()
     parts = architecture.parts
     if not parts:
         raise PosefabricError("the architecture has no parts: there is nothing to draw")
@@ -205,13 +205,14 @@ def _operation_key(edge: Edge, choice: Choice, edges: int) -> str:
     return label if edges == 1 else f"{edge.start}-{edge.end} {label}"
 
 
-def _matplotlib_figure() -> Any:
+def matplotlib_figure() -> Any:
+    """matplotlib's Figure; raises PosefabricError where it is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise PosefabricError(
-            "drawing an architecture needs matplotlib, which is not installed: "
-            "pip install posefabric[viz] (posefabric show draws it as text without)"
+            "this drawing needs matplotlib, which is not installed: "
+            "pip install posefabric[viz] (posefabric show draws an architecture as text without)"
         ) from error
     return Figure
 

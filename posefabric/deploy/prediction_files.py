@@ -17,7 +17,7 @@ from posefabric.data.image import read_image
 from posefabric.deploy.box_file import BoxFile, PictureBoxes, read_boxes
 from posefabric.deploy.draw import draw_people, save_png
 from posefabric.deploy.persons import Boxes, Pictures, PosePrediction
-from posefabric.evaluate.oks import rescored
+from posefabric.evaluate.similarity import rescored
 from posefabric.run import write_atomic
 from posefabric.skeletons import Skeleton
 from posefabric.structures import DataError

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from posefabric.deploy.charts import Series
+from posefabric.deploy.export_text import cells_of, headers_of, measure_names, table_caption
 from posefabric.deploy.metro import architecture_image, describe_architecture
 from posefabric.deploy.report import Cell, Section
 from posefabric.deploy.report_headline import (
@@ -47,6 +48,7 @@ def report_sections_from(
     records: Records | None = None,
     pictures: Mapping[str, np.ndarray] | None = None,
     onnx: Mapping[str, Any] | None = None,
+    shipped: Mapping[str, Any] | None = None,
     commands: Sequence[str] = (),
     environment: Mapping[str, Any] | None = None,
 ) -> list[Section]:
@@ -59,6 +61,7 @@ def report_sections_from(
         records: run name to its metrics, one mapping a step.
         pictures: caption to sheet, (H, W, 3) uint8 RGB.
         onnx: label to value of the export's check.
+        shipped: the export's table, as export_table makes it.
         commands: shell lines that reproduce the run.
         environment: label to value.
     """
@@ -72,6 +75,8 @@ def report_sections_from(
     ):
         if section.blocks:
             sections.append(section)
+    if shipped:
+        sections.append(shipped_section(shipped))
     if onnx:
         sections.append(Section("ONNX check").add_facts(onnx))
     if commands:
@@ -146,6 +151,20 @@ def parts_section(networks: Networks) -> Section:
         pck = pck_of(network)
         tables[name] = pck.get("per_part") or _parts_from_joints(pck, network.get("architecture"))
     return _shares_section("Parts", "part", tables)
+
+
+def shipped_section(table: Mapping[str, Any]) -> Section:
+    """The exported files: size, accuracy and loss, latency by runtime and batch size."""
+    measures = measure_names(table)
+    sizes = list(table["rows"][0]["latency"])
+    rows: list[list[Cell | str]] = []
+    for row in table["rows"]:
+        cells: list[Cell | str] = list(cells_of(row, measures, sizes))
+        if not row.get("written", True):
+            cells[0] = Cell(f"{row['variant']} (lost too much, not written)", tone="bad")
+        rows.append(cells)
+    section = Section("Shipped").add_table(headers_of(measures, sizes), rows)
+    return section.add_text(table_caption(table).replace("\n", "\n\n"))
 
 
 def pictures_section(pictures: Mapping[str, np.ndarray]) -> Section:

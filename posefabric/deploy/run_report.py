@@ -119,12 +119,14 @@ def draw_sheets(
 
 
 def predict(network: PoseNetwork, config: Config, dataset: PersonDataset) -> Predictions:
+    """Every person of a data set under the run's options; unreadable pictures are left out."""
     return predict_dataset(
         network,
         dataset,
         geometry=make_geometry(config.data),
         codec=make_codec(config.data),
         normalisation=network.normalisation,
+        flip=config.evaluation.flip_test,
         on_bad_image="skip",
     )
 
@@ -141,12 +143,14 @@ def build_report(
     top = next(iter(runs.values()))
     sheets = draw_sheets(newest, shipped_network(newest), folder=run.overlays_dir)
     onnx = newest.read_json("onnx_check.json") if _has(newest, "onnx_check.json") else None
+    table = newest.read_json("export_table.json") if _has(newest, "export_table.json") else None
     sections = report_sections_from(
         facts=_facts(top, newest),
         networks=measured,
         records={name: lineage.metrics() for name, lineage in _lineage(newest).items()},
         pictures=sheets,
         onnx=onnx,
+        shipped=table,
         commands=[f"posefabric {_command(step)}" for step in _lineage(newest).values()],
         environment=top.read_json("environment.json"),
     )

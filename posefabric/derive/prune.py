@@ -15,7 +15,7 @@ def prune(graph: Architecture, *, threshold: float = 0.0) -> Architecture:
     ``threshold`` above 0, choices and sources with a smaller share of their edge or cell go
     too, the others keep the sum; that is no longer lossless.
     """
-    parts = tuple(_prune_part(part, threshold, outputs=(0,)) for part in graph.parts)
+    parts = tuple(prune_part(part, threshold=threshold) for part in graph.parts)
     return cut_backbone(graph.model_copy(update={"parts": parts}), threshold=threshold)
 
 
@@ -24,17 +24,28 @@ def cut_backbone(graph: Architecture, *, threshold: float = 0.0) -> Architecture
 
     A fabric backbone is pruned as a part is, with the levels that are read as its outputs.
     """
-    scales = [s for part in graph.parts for s in pyramid_scales(part, graph.first_layer)]
-    levels = max(scales, default=0) + 1
+    scales = _levels_read(graph)
+    levels = max(scales) + 1
     fabric = graph.backbone.fabric
     if fabric is not None:
-        fabric = _prune_part(fabric, threshold, outputs=scales or (0,))
+        fabric = prune_part(fabric, threshold=threshold, outputs=scales)
     channels = graph.backbone.channels[:levels]
     backbone = Backbone(name=graph.backbone.name, channels=channels, fabric=fabric)
     return graph.model_copy(update={"backbone": backbone})
 
 
-def _prune_part(part: Part, threshold: float, *, outputs: Sequence[int]) -> Part:
+def output_scales(fabric: Part, graph: Architecture) -> tuple[int, ...]:
+    """The scales of a fabric's last layer that are read: the finest, or a backbone's levels."""
+    return _levels_read(graph) if fabric is graph.backbone.fabric else (0,)
+
+
+def _levels_read(graph: Architecture) -> tuple[int, ...]:
+    scales = [s for part in graph.parts for s in pyramid_scales(part, graph.first_layer)]
+    return tuple(scales) or (0,)
+
+
+def prune_part(part: Part, *, threshold: float = 0.0, outputs: Sequence[int] = (0,)) -> Part:
+    """One fabric pruned as :func:`prune` says; ``outputs``: the last layer's scales to keep."""
     cells = [_prune_cell(cell, threshold) for cell in part.cells]
     last = cells[-1].layer
     needed = {(last, scale) for scale in outputs}

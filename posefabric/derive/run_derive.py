@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
+from posefabric.budget import Budget
 from posefabric.derive.discretize import discretize
+from posefabric.derive.fit_budget import fit_budget, whole_cost
 from posefabric.derive.fold import fold
 from posefabric.derive.prune import prune
 from posefabric.derive.transfer import transfer_weights
@@ -69,13 +71,25 @@ def derive(run: RunFolder, child: RunFolder) -> tuple[CompactNetwork, dict[str, 
             )
         )
         steps["discretize"] = count_choices(graph)
+    budget = settings.budget or config.search.budget
+    if budget is not None:
+        graph = fit_budget(graph, Budget.parse(budget))
+        steps["budget"] = count_choices(graph)
     if graph != pruned:
         compact = _built(graph, mixture)
         with torch.no_grad():
             differences["discretize"] = _difference(compact(images), expected)
     with torch.no_grad():
         differences["fold"] = _difference(fold(compact)(images), compact(images))
-    record = {"steps": steps, "differences": differences, "parent": run.path.name}
+    cost = whole_cost(graph)
+    record = {
+        "steps": steps,
+        "differences": differences,
+        "parent": run.path.name,
+        "macs": cost.macs,
+        "params": cost.params,
+        "budget": budget,
+    }
     child.write_text(child.architecture_path.name, graph.to_json())
     save_weights(child.weights_path, compact)
     child.write_json("derivation.json", record)

@@ -100,6 +100,7 @@ def pck_torso(
     subset: Sequence[int] | None = None,
     *,
     parts: Mapping[str, Sequence[int]] | None = None,
+    keep_hits: bool = False,
 ) -> dict[str, Any]:
     """PCK of LSP: a joint is found within ``threshold`` torsos (left shoulder to right hip).
 
@@ -112,6 +113,8 @@ def pck_torso(
         threshold: fraction of the torso.
         subset: indices of the keypoints counted in ``PCK`` and ``joints``; none: all.
         parts: keypoint indices by part name, for ``per_part``.
+        keep_hits: adds ``found`` and ``counted``, boolean arrays (N, K), not for JSON: which
+            keypoints count, and which of them are found.
 
     Returns:
         A JSON-serialisable dict; every value is a fraction, None where nothing was annotated:
@@ -145,6 +148,7 @@ def pck_torso(
         threshold=threshold,
         subset=subset,
         parts=parts,
+        keep_hits=keep_hits,
         normaliser=f"torso ({names})",
     )
 
@@ -159,6 +163,7 @@ def pck_box(
     subset: Sequence[int] | None = None,
     *,
     parts: Mapping[str, Sequence[int]] | None = None,
+    keep_hits: bool = False,
 ) -> dict[str, Any]:
     """PCK by the longer side of the box (N, 4): for animals, hands, anything without a torso.
 
@@ -185,6 +190,7 @@ def pck_box(
         threshold=threshold,
         subset=subset,
         parts=parts,
+        keep_hits=keep_hits,
         normaliser="longer side of the box",
     )
 
@@ -200,6 +206,7 @@ def pck(
     threshold: float | None = None,
     subset: Sequence[int] | None = None,
     parts: Mapping[str, Sequence[int]] | None = None,
+    keep_hits: bool = False,
 ) -> dict[str, Any]:
     """PCK by torso where the skeleton has one, by box elsewhere; the result says which.
 
@@ -210,14 +217,26 @@ def pck(
         raise PosefabricError(f"normaliser: expected auto, torso or box, got {normaliser!r}")
     if normaliser == "torso" or (normaliser == "auto" and skeleton.torso is not None):
         share = 0.2 if threshold is None else threshold
-        return pck_torso(predictions, joints, visible, skeleton, share, subset, parts=parts)
+        return pck_torso(
+            predictions, joints, visible, skeleton, share, subset, parts=parts, keep_hits=keep_hits
+        )
     if boxes_xywh is None:
         raise PosefabricError(
             f"skeleton {skeleton.name}: PCK is measured by the box here, but no boxes_xywh came; "
             "pass the persons' boxes (N, 4)"
         )
     share = 0.05 if threshold is None else threshold
-    return pck_box(predictions, joints, visible, boxes_xywh, skeleton, share, subset, parts=parts)
+    return pck_box(
+        predictions,
+        joints,
+        visible,
+        boxes_xywh,
+        skeleton,
+        share,
+        subset,
+        parts=parts,
+        keep_hits=keep_hits,
+    )
 
 
 def _pck(
@@ -231,6 +250,7 @@ def _pck(
     threshold: float,
     subset: Sequence[int] | None,
     parts: Mapping[str, Sequence[int]] | None,
+    keep_hits: bool,
     normaliser: str,
 ) -> dict[str, Any]:
     if not threshold > 0:
@@ -267,6 +287,8 @@ def _pck(
         result["per_part"] = {
             name: _share(found, counted, columns) for name, columns in parts.items()
         }
+    if keep_hits:
+        result.update(found=found, counted=counted)
     return result
 
 

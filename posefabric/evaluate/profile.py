@@ -88,7 +88,7 @@ def compare(
     with _threads(threads), torch.no_grad():
         subjects = {name: _Subject(network, input_wh) for name, network in networks.items()}
         macs = {name: subject.macs() for name, subject in subjects.items()}
-        times = _interleaved(
+        times = interleaved(
             {name: subject.runs(batch_size) for name, subject in subjects.items()},
             repeats=repeats,
             warmup=warmup,
@@ -98,9 +98,11 @@ def compare(
     results: dict[str, dict[str, Any]] = {}
     for name, subject in subjects.items():
         result: dict[str, Any] = {"params": subject.params, "macs": macs[name][0]}
-        result.update(_latency("latency", times[name]["whole"], times[first]["whole"]))
+        result.update(latency_summary("latency", times[name]["whole"], times[first]["whole"]))
         result.update(head_params=subject.head_params, head_macs=macs[name][1])
-        result.update(_latency("head_latency", times[name].get("head"), times[first].get("head")))
+        result.update(
+            latency_summary("head_latency", times[name].get("head"), times[first].get("head"))
+        )
         result.update(
             input_wh=[int(side) for side in input_wh],
             batch_size=batch_size,
@@ -182,9 +184,14 @@ class _Subject:
             torch.cuda.synchronize(self.device)
 
 
-def _interleaved(
+def interleaved(
     runs: Mapping[str, Mapping[str, Callable[[], float]]], *, repeats: int, warmup: int
 ) -> dict[str, dict[str, list[float]]]:
+    """Milliseconds of every run in ``warmup + repeats`` rounds, each round in another order.
+
+    ``runs``: by two names, functions that compute once and return the milliseconds. The first
+    ``warmup`` rounds are not in the result.
+    """
     order = [(name, kind) for name, kinds in runs.items() for kind in kinds]
     times: dict[str, dict[str, list[float]]] = {
         name: {kind: [] for kind in kinds} for name, kinds in runs.items()
@@ -199,9 +206,13 @@ def _interleaved(
     return times
 
 
-def _latency(
+def latency_summary(
     label: str, times: Sequence[float] | None, reference: Sequence[float] | None
 ) -> dict[str, float | None]:
+    """Median, first and last decile, and the median ratio to a reference, under ``label_ms`` etc.
+
+    None for each where there are no times.
+    """
     names = (f"{label}_ms", f"{label}_ms_low", f"{label}_ms_high", f"{label}_ratio")
     if times is None:
         return dict.fromkeys(names)

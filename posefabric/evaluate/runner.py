@@ -17,6 +17,7 @@ from posefabric.data.batch import Normalisation, prepare_batch
 from posefabric.data.codec import Codec
 from posefabric.data.crop import CropGeometry
 from posefabric.data.loaders import CropLoader, OnBadImage
+from posefabric.distributed import from_first, on_each, place, share
 from posefabric.evaluate.measures import evaluate_predictions, table
 from posefabric.evaluate.oks import coco_results
 from posefabric.evaluate.submission import COCO_OPTIONS, write_submission
@@ -59,6 +60,7 @@ def predict_dataset(
     Crops are those of evaluation (no augmentation, no margin). The flip test averages the score
     maps of the picture and of its mirror image (CONVENTIONS: flip test). The network is run in
     evaluation mode without gradients; its modules' training flags are put back afterwards.
+    Several processes each take consecutive persons, no one twice, and all get all predictions.
 
     Args:
         network: ``network(images (B, 3, H, W))`` gives raw outputs (B, K, h, w), and
@@ -79,11 +81,22 @@ def predict_dataset(
         raise PosefabricError(f"precision: expected fp32 or bf16, got {precision!r}")
     device = _device_of(network) if device is None else torch.device(device)
     geometry = replace(geometry, margin=1.0)
-    loader = CropLoader(
-        dataset, geometry, batch_size=batch_size, workers=workers, on_bad_image=on_bad_image
-    )
-    keypoints, scores, index = [], [], []
-    with evaluating(network), torch.no_grad():
+    total = len(dataset.persons)
+
+    def predict_own() -> tuple[list[np.ndarray], dict[str, str]]:
+        rows = np.arange(total)[share(total, place())]
+        if not len(rows):
+            return _empty(dataset.skeleton.num_keypoints), {}
+        loader = CropLoader(
+            dataset,
+            geometry,
+            batch_size=batch_size,
+            rows=rows,
+            workers=workers,
+            on_bad_image=on_bad_image,
+        )
+        found = [_empty(dataset.skeleton.num_keypoints)]
+        done = 0
         for batch in loader.batches():
             posed = prepare_batch(
                 batch,
@@ -104,28 +117,41 @@ def predict_dataset(
             to_image = posed.input_to_image.to(points)
             points = points @ to_image[:, :, :2].transpose(1, 2) + to_image[:, None, :, 2]
             readable = ~batch.unreadable.numpy()
-            keypoints.append(points.float().cpu().numpy()[readable])
-            scores.append(confidence.float().clamp(0, 1).cpu().numpy()[readable])
-            index.append(batch.index.numpy()[readable])
+            tensors = points.float(), confidence.float().clamp(0, 1), batch.index
+            found.append([tensor.cpu().numpy()[readable] for tensor in tensors])
+            done += len(batch.index)
             if progress is not None:
-                progress(int(batch.index[-1]) + 1, len(dataset.persons))
-    predictions = Predictions(
-        keypoints=np.concatenate(keypoints).astype(np.float32),
-        scores=np.concatenate(scores).astype(np.float32),
-        index=np.concatenate(index).astype(np.int64),
-    )
-    left_out = len(dataset.persons) - len(predictions.index)
+                progress(total if done == len(rows) else done * place().ranks, total)
+        return [np.concatenate(column) for column in zip(*found, strict=True)], loader.unreadable
+
+    with evaluating(network), torch.no_grad():
+        shares = on_each(predict_own)
+    # Ranks have consecutive rows, so that the data set's order is kept.
+    columns = zip(*(found for found, _ in shares), strict=True)
+    keypoints, scores, index = (np.concatenate(column) for column in columns)
+    predictions = Predictions(keypoints=keypoints, scores=scores, index=index)
+    reasons = {file: reason for _, found in shares for file, reason in found.items()}
+    left_out = total - len(predictions.index)
     if left_out:
         _log.warning(
             "%s: %d persons left out, %d pictures cannot be read: %s",
             dataset.name,
             left_out,
-            len(loader.unreadable),
-            "; ".join(loader.unreadable.values()),
+            len(reasons),
+            "; ".join(reasons.values()),
         )
     if unreadable is not None:
-        unreadable.update(loader.unreadable)
+        unreadable.update(reasons)
     return predictions
+
+
+def _empty(joints: int) -> list[np.ndarray]:
+    """Keypoints, scores and rows of nobody."""
+    return [
+        np.empty((0, joints, 2), np.float32),
+        np.empty((0, joints), np.float32),
+        np.empty(0, np.int64),
+    ]
 
 
 def evaluate_network(
@@ -144,6 +170,7 @@ def evaluate_network(
     progress: Progress | None = None,
     parts: Mapping[str, Sequence[int]] | None = None,
     keep_predictions: bool = False,
+    on_predictions: Callable[[Predictions], None] | None = None,
     submission: Path | None = None,
     **measures: Any,
 ) -> dict[str, Any]:
@@ -151,7 +178,9 @@ def evaluate_network(
 
     Args:
         parts: none: the parts of the network's own architecture, where it tells one.
-        keep_predictions: adds ``predictions``, a list in the COCO results format before NMS.
+        keep_predictions: adds ``predictions``: the persons that AP is measured on, rescored and
+            after OKS-NMS under the same options, in the COCO results format.
+        on_predictions: called with the predictions before they are measured.
         submission: where to write the predictions for a test server (see write_submission); adds
             ``submission``, what was written.
         measures: further options of :func:`evaluate_predictions`.
@@ -177,12 +206,16 @@ def evaluate_network(
         unreadable=unreadable,
         progress=progress,
     )
+    if on_predictions is not None:
+        on_predictions(predictions)
     if parts is None:
         parts = network_parts(network)
     measures.setdefault("nms_area", codec.rules.nms_area)
     measures.setdefault("box_padding", codec.rules.box_padding)
-    result = evaluate_predictions(
-        dataset, predictions, input_wh=geometry.input_wh, parts=parts, **measures
+    result = from_first(
+        lambda: evaluate_predictions(
+            dataset, predictions, input_wh=geometry.input_wh, parts=parts, **measures
+        )
     )
     result.update(
         flip=flip,
@@ -192,15 +225,13 @@ def evaluate_network(
         input_wh=[int(side) for side in geometry.input_wh],
         unreadable=unreadable,
     )
+    chosen = {name: value for name, value in measures.items() if name in COCO_OPTIONS}
+    chosen["input_wh"] = geometry.input_wh
     if keep_predictions:
-        result["predictions"] = coco_results(dataset, predictions, nms_threshold=None)
+        result["predictions"] = coco_results(dataset, predictions, **chosen)
     if submission is not None:
-        result["submission"] = write_submission(
-            dataset,
-            predictions,
-            submission,
-            input_wh=geometry.input_wh,
-            **{name: value for name, value in measures.items() if name in COCO_OPTIONS},
+        result["submission"] = from_first(
+            lambda: write_submission(dataset, predictions, submission, **chosen)
         )
     return result
 

@@ -27,6 +27,9 @@ from posefabric.space.fabric import FabricShape
 from posefabric.space.parts import choose_parts
 from posefabric.structures import PosefabricError
 
+# Strategies that are a way of relaxing choices; others follow search.relaxation.
+OWN_RELAXATION = {"gumbel": "gumbel", "gates": "gates"}
+
 
 def choose_device(name: str) -> torch.device:
     """``auto`` is the first GPU, else the CPU. Raises PosefabricError for an absent device."""
@@ -94,7 +97,7 @@ def build_supernet(config: Config, *, pretrained: bool = True) -> Supernet:
         keypoint_names=skeleton.keypoints,
         input_wh=config.data.input_wh,
         head=make_head(config),
-        relaxation=config.search.relaxation,
+        relaxation=OWN_RELAXATION.get(config.search.strategy, config.search.relaxation),
         shared_alpha=config.model.shared_alpha,
         backbone_shape=own_shape,
         channel_order=config.data.channel_order,

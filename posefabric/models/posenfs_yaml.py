@@ -43,6 +43,15 @@ COCO_FILES = {
 }
 
 
+MPII_FILES = {
+    "format": "mpii",
+    "train_annotations": "annot/train.json",
+    "train_images": "images",
+    "val_annotations": "annot/valid.json",
+    "val_images": "images",
+}
+
+
 @dataclass(frozen=True)
 class ReleasedConfig:
     """What a released YAML says.
@@ -188,8 +197,7 @@ class _Reader:
             "preset": "posenfs",
             "channel_order": "bgr",
         }
-        if dataset == "coco":
-            data |= COCO_FILES
+        data |= COCO_FILES if dataset == "coco" else MPII_FILES
         if self.train.get("heatmap_peak_sigma_factor"):
             data["sigma"] = float(self.train["heatmap_peak_sigma_factor"])
         padding = self._get("margin_to_border")

@@ -5,8 +5,6 @@ The oracle of any faster mixture.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -15,31 +13,11 @@ from torch import Tensor, nn
 from posefabric.models.fabric_backbone import FabricBackbone
 from posefabric.models.network import FabricNetwork
 from posefabric.models.pyramid import PyramidBackbone
+from posefabric.models.relaxation import ABSENT, RELAXATIONS
 from posefabric.space.architecture import Architecture, Backbone, Cell, Edge, Head, Part
 from posefabric.space.cell import Weight
 from posefabric.space.fabric import BackboneShape, CellWeights, FabricShape
 from posefabric.structures import PosefabricError
-
-
-def sparsemax(logits: Tensor) -> Tensor:
-    """Euclidean projection of the last axis onto the simplex (Martins and Astudillo, 2016).
-
-    Unlike softmax it reaches exact zeros, so that what it drops can be pruned without loss.
-    """
-    ordered = logits.sort(dim=-1, descending=True).values
-    counts = torch.arange(1, logits.shape[-1] + 1, device=logits.device, dtype=logits.dtype)
-    excess = ordered.cumsum(-1) - 1
-    support = (ordered * counts > excess).sum(-1, keepdim=True)
-    threshold = excess.gather(-1, support - 1) / support
-    return (logits - threshold).clamp(min=0)
-
-
-RELAXATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "softmax": lambda logits: logits.softmax(-1),
-    "sparsemax": sparsemax,
-}
-
-ABSENT = -1e9
 
 
 class Supernet(FabricNetwork):
@@ -48,6 +26,7 @@ class Supernet(FabricNetwork):
     ``alphas[part]`` is (cells or 1, edges, operations): logits of an edge's candidates, shared
     by the part's cells by default. ``betas[part]`` is (cells, 3): logits of same, finer and
     coarser source. Both start at zero. ``temperature`` divides them before the relaxation.
+    ``noise`` has a pair of tensors for a part whose options are drawn in the next forward pass.
 
     A fabric backbone, of ``backbone_shape``, has alpha and beta too, under the name "backbone".
     """
@@ -106,6 +85,7 @@ class Supernet(FabricNetwork):
             self.alphas[name] = nn.Parameter(torch.zeros(sizes))
             self.betas[name] = nn.Parameter(torch.zeros(len(own.places), 3))
         self.register_buffer("temperature", torch.tensor(1.0))
+        self.noise: dict[str, tuple[Tensor, Tensor]] = {}
 
     def arch_parameters(self) -> dict[str, nn.Parameter]:
         """``"PART.alphas"`` and ``"PART.betas"`` to parameters; PART may be the backbone."""
@@ -117,10 +97,26 @@ class Supernet(FabricNetwork):
 
     def probabilities(self, part: str) -> tuple[Tensor, Tensor]:
         """Relaxed alpha (cells or 1, edges, operations) and beta (cells, 3; absent sources 0)."""
-        relax = RELAXATIONS[self.relaxation]
-        alpha = relax(self.alphas[part] / self.temperature)
-        beta = self.betas[part] / self.temperature
-        return alpha, relax(beta.masked_fill(self._absent(part), ABSENT))
+        relax, temperature = RELAXATIONS[self.relaxation], self.get_buffer("temperature")
+        return (
+            relax.probabilities(self.alphas[part], temperature),
+            relax.probabilities(self.source_logits(part), temperature),
+        )
+
+    def mixing(self, part: str) -> tuple[Tensor, Tensor]:
+        """What alpha's and beta's options are multiplied by, in the shapes of probabilities."""
+        relax, temperature = RELAXATIONS[self.relaxation], self.get_buffer("temperature")
+        alpha_noise, beta_noise = (
+            self.noise.get(part, (None, None)) if self.training else (None,) * 2
+        )
+        return (
+            relax.weights(self.alphas[part], temperature, alpha_noise),
+            relax.weights(self.source_logits(part), temperature, beta_noise),
+        )
+
+    def source_logits(self, part: str) -> Tensor:
+        """Beta (cells, 3), sources that a cell does not have out of reach."""
+        return self.betas[part].masked_fill(self._absent(part), ABSENT)
 
     def _absent(self, part: str) -> Tensor:
         """(cells, 3): the sources that cells of a fabric do not have."""
@@ -129,7 +125,7 @@ class Supernet(FabricNetwork):
         return self.get_buffer("absent_backbone_sources" if of_backbone else "absent_sources")
 
     def cell_weights(self, part: Part) -> list[CellWeights]:
-        alpha, beta = self.probabilities(part.name)
+        alpha, beta = self.mixing(part.name)
         operations = len(self.shapes[part.name].operations)
         if self.shape.faithful:
             alpha, beta = alpha * operations, beta * 3
@@ -161,27 +157,29 @@ class Supernet(FabricNetwork):
 
     def entropies(self) -> dict[str, float]:
         """Mean entropy of alpha and of beta over the fabrics, 1 = uniform, 0 = decided."""
+        relax = RELAXATIONS[self.relaxation]
         alphas, betas = [], []
         with torch.no_grad():
             for part in self.graph.fabrics:
                 alpha, beta = self.probabilities(part.name)
-                most = max(1e-9, math.log(alpha.shape[-1]))
-                alphas.append(_entropy(alpha).mean() / most)
-                options = (~self._absent(part.name)).sum(-1).to(torch.float32)
-                decided = options > 1
-                betas.append((_entropy(beta)[decided] / options[decided].log()).mean())
+                count = alpha.new_tensor(max(2.0, alpha.shape[-1]))
+                alphas.append(relax.doubt(alpha, count).mean())
+                options = (~self._absent(part.name)).sum(-1).to(beta)
+                open_rows = options > 1
+                betas.append(relax.doubt(beta, options.clamp(min=2))[open_rows].mean())
             means = torch.stack(alphas).mean(), torch.stack(betas).mean()
         return {"alpha_entropy": float(means[0]), "beta_entropy": float(means[1])}
 
     def indecision(self) -> tuple[Tensor, Tensor]:
-        """Gini impurity 1 - sum p^2 of alpha, summed over edges, and of beta, over cells.
+        """The relaxation's impurity of alpha, summed over edges, and of beta, over cells.
 
         Both are means over the fabrics; zero exactly when every edge has one operation, every cell
         one source.
         """
+        relax = RELAXATIONS[self.relaxation]
         pairs = [self.probabilities(part.name) for part in self.graph.fabrics]
-        alpha = torch.stack([(1 - a.square().sum(-1)).sum() for a, _ in pairs]).mean()
-        beta = torch.stack([(1 - b.square().sum(-1)).sum() for _, b in pairs]).mean()
+        alpha = torch.stack([relax.impurity(a).sum() for a, _ in pairs]).mean()
+        beta = torch.stack([relax.impurity(b).sum() for _, b in pairs]).mean()
         return alpha, beta
 
 
@@ -194,10 +192,6 @@ def _absent_sources(shape: FabricShape) -> Tensor:
 
 def _weight(value: Tensor, left_out: bool) -> Weight:
     return 0.0 if left_out else value
-
-
-def _entropy(probabilities: Tensor) -> Tensor:
-    return torch.special.entr(probabilities).sum(-1)
 
 
 def _weighted(part: Part, weights: list[CellWeights]) -> Part:

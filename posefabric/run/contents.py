@@ -14,6 +14,8 @@ from posefabric.structures import PosefabricError
 class RunFiles:
     """Well-known files of the folder ``path``, none of which needs to exist, and any others."""
 
+    writes = True  # False: one of several processes that leaves all writing to the first
+
     def __init__(self, path: Path, kind: Kind) -> None:
         self.path = path
         self.kind: Kind = kind
@@ -52,7 +54,8 @@ class RunFiles:
 
     def write_bytes(self, name: str, data: bytes) -> Path:
         """Write a file of the run atomically; PosefabricError when the disk is full."""
-        write_atomic(self.path / name, data)
+        if self.writes:
+            write_atomic(self.path / name, data)
         return self.path / name
 
     def write_text(self, name: str, text: str) -> Path:

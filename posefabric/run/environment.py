@@ -36,6 +36,7 @@ def describe_environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": cpu,
         "cores": os.cpu_count(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "memory_bytes": memory,
         "git_commit": git_commit(),
     }

@@ -49,7 +49,8 @@ class RunFolder(RunFiles):
     ``architecture.json``, ``weights.safetensors``, ``report.html``, ``model.onnx``,
     ``overlays/``, ``tensorboard/`` and ``children/NN-kind/`` (run folders themselves).
     Every whole file is written beside its place, synced and renamed, so that a reader or
-    a crash sees the old file or the new one. One process writes a run at a time.
+    a crash sees the old file or the new one. One process writes a run at a time; in others
+    ``writes`` is False.
     """
 
     def __init__(self, path: Path, header: dict[str, Any]) -> None:
@@ -137,8 +138,8 @@ class RunFolder(RunFiles):
         return run
 
     @classmethod
-    def open(cls, path: Path | str) -> RunFolder:
-        """Read an existing run folder.
+    def open(cls, path: Path | str, *, writes: bool = True) -> RunFolder:
+        """Read an existing run folder; without ``writes`` it, and its kin, stay as they are.
 
         Raises PosefabricError that says what is wrong (no such folder, a file, no run.json,
         damaged, another format version, not readable) and which runs there are nearby.
@@ -160,7 +161,9 @@ class RunFolder(RunFiles):
             raise PosefabricError(
                 f"{shown}: cannot be read ({error.strerror}); expected a run folder you may read"
             ) from error
-        return cls(path, read_header(path))
+        run = cls(path, read_header(path))
+        run.writes = writes
+        return run
 
     def _header(self) -> dict[str, Any]:
         return read_header(self.path)
@@ -204,7 +207,7 @@ class RunFolder(RunFiles):
         if not (path / "run.json").exists():
             logger.warning("%s: its parent run %s is not there any more", self.path, path)
             return None
-        return RunFolder.open(path)
+        return RunFolder.open(path, writes=self.writes)
 
     @property
     def state(self) -> State:
@@ -219,6 +222,8 @@ class RunFolder(RunFiles):
     def set_state(self, state: State, **info: Any) -> None:
         """Write the state; ``info`` (JSON values) is merged into what was said before."""
         check_state(state)
+        if not self.writes:
+            return
         header = self._header()
         header.update(state=state, updated=now(), info={**header.get("info", {}), **info})
         write_atomic(self.path / "run.json", json_bytes(header))
@@ -232,7 +237,8 @@ class RunFolder(RunFiles):
         :meth:`rewind` goes by. The line reaches the file before this returns, whole or not
         at all. Raises PosefabricError when the disk is full.
         """
-        self._metrics.append(record)
+        if self.writes:
+            self._metrics.append(record)
 
     def metrics(self) -> list[dict[str, Any]]:
         """All records in order; a last line torn by a crash is left out."""
@@ -246,7 +252,8 @@ class RunFolder(RunFiles):
         A loop that logs a step before it saves that step's checkpoint then has every record
         exactly once, as if it had never stopped.
         """
-        self._metrics.rewind(step, phase)
+        if self.writes:
+            self._metrics.rewind(step, phase)
 
     def new_child(self, kind: Kind, config: Config, out: Path | str | None = None) -> RunFolder:
         """A run made from this one, in ``children/NN-kind`` or, noted in run.json, at ``out``."""
@@ -263,7 +270,10 @@ class RunFolder(RunFiles):
         folder = self.path / "children"
         paths = [*sorted(folder.iterdir())] if folder.is_dir() else []
         paths += [(self.path / name).resolve() for name in self._header().get("children", [])]
-        return _open_all(dict.fromkeys(paths))
+        found = _open_all(dict.fromkeys(paths))
+        for run in found:
+            run.writes = self.writes
+        return found
 
     def descendants(self) -> dict[str, RunFolder]:
         """Children, their children and so on, by name: ``01-derive``, ``01-derive/01-train``."""

@@ -21,16 +21,23 @@ MACHINE_OPTIONS = {
 MACHINE_SUFFIX = ".checkpoint_every"
 
 
+def computed_options(config: Config) -> dict[str, Any]:
+    """The options, by dotted name, that say what is computed: all but those of the machine."""
+    flat = _flatten(config.model_dump(mode="json"))
+    return {
+        key: value
+        for key, value in flat.items()
+        if key not in MACHINE_OPTIONS and not key.endswith(MACHINE_SUFFIX)
+    }
+
+
 def check_resumable(old: Config, new: Config, *, path: Path) -> None:
     """PosefabricError when another configuration than the run's would compute something else."""
-    before = _flatten(old.model_dump(mode="json"))
-    after = _flatten(new.model_dump(mode="json"))
+    before, after = computed_options(old), computed_options(new)
     differing = [
         f"{key} was {before.get(key)!r}, now {after.get(key)!r}"
         for key in sorted({*before, *after})
         if before.get(key) != after.get(key)
-        and key not in MACHINE_OPTIONS
-        and not key.endswith(MACHINE_SUFFIX)
     ]
     if differing:
         raise PosefabricError(

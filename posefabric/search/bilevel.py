@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from posefabric.distributed import summed
 from posefabric.models.supernet import Supernet
 from posefabric.search.deciding import Deciding
 from posefabric.train.probe import full_precision
@@ -48,7 +49,8 @@ class FirstOrder(Deciding):
         if not self.has_started(progress):
             return None
         loss = evidence.loss_of(evidence.held_out)
-        return loss.detach(), _gradients(loss, list(network.arch_parameters().values()))
+        found = _gradients(loss, list(network.arch_parameters().values()))
+        return _whole(loss), found
 
 
 class SecondOrder(FirstOrder):
@@ -105,19 +107,26 @@ def unrolled_gradients(
         direction = {name: rates[name] * v for name, v in zip(moved, beyond, strict=True)}
         norm = torch.nn.utils.get_total_norm(list(direction.values()))
         if norm == 0:
-            return held_out.detach(), direct
+            return _whole(held_out), direct
         step = perturbation / norm
         sides = []
         for sign in (1, -1):
             aside = {n: w.detach() + sign * step * direction[n] for n, w in weights.items()}
             loss = evidence.loss_of(evidence.train, aside, exact=True)
             sides.append(_gradients(loss, architecture))
-        return held_out.detach(), [
+        return _whole(held_out), [
             g - (up - down) / (2 * step) for g, up, down in zip(direct, *sides, strict=True)
         ]
 
 
+def _whole(loss: Tensor) -> Tensor:
+    return summed([loss.detach()])[0]
+
+
 def _gradients(loss: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Zero for a tensor without influence, such as the weights of what sparsemax leaves out."""
+    """Of the whole batch: ranks have shares of the loss, which add up.
+
+    Zero for a tensor without influence, such as the weights of what sparsemax leaves out.
+    """
     found = torch.autograd.grad(loss, list(tensors), allow_unused=True, materialize_grads=True)
-    return list(found)
+    return summed(found)

@@ -1,13 +1,16 @@
-"""What drives a mixture to decisions: a late start, a falling temperature, a penalty on doubt."""
+"""What drives a mixture to decisions: a late start, a falling temperature, penalties."""
 
 from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
+from posefabric.budget import Budget
 from posefabric.config import SearchConfig
 from posefabric.models.supernet import Supernet
+from posefabric.search.cost import ExpectedCost
 from posefabric.train.strategy import Strategy
 
 
@@ -19,10 +22,12 @@ class Deciding(Strategy):
     pruned at the end, the temperature falls geometrically from 1 to ``temperature_end`` and a
     penalty on the Gini impurity of operations and sources rises to ``sparsity`` and
     ``source_sparsity``, all from ``sparsity_start`` on.
+    With ``budget`` the expected cost's share above it is punished too, rising likewise.
     """
 
     def __init__(self, config: SearchConfig) -> None:
         self.config = config
+        self._expected: ExpectedCost | None = None
 
     def has_started(self, progress: float) -> bool:
         return progress >= self.config.architecture_start
@@ -32,14 +37,31 @@ class Deciding(Strategy):
         network.get_buffer("temperature").fill_(temperature)
 
     def penalty(self, network: Supernet, progress: float) -> Tensor | None:
-        share = self._share(progress)
-        if share == 0 or not (self.config.sparsity or self.config.source_sparsity):
-            return None
-        alpha, beta = network.indecision()
-        return share * (self.config.sparsity * alpha + self.config.source_sparsity * beta)
+        share, config = self._share(progress), self.config
+        terms = []
+        if config.sparsity or config.source_sparsity:
+            alpha, beta = network.indecision()
+            terms.append(config.sparsity * alpha + config.source_sparsity * beta)
+        expected = self._expected_cost(network)
+        if expected is not None and config.budget_weight:
+            over = (expected(network) / expected.budget.limit - 1).clamp(min=0)
+            terms.append(config.budget_weight * over)
+        return share * torch.stack(terms).sum() if share and terms else None
 
     def readings(self, network: Supernet) -> dict[str, float]:
-        return network.entropies()
+        expected = self._expected_cost(network)
+        if expected is None:
+            return network.entropies()
+        with torch.no_grad():
+            cost = float(expected(network))
+        return {**network.entropies(), f"expected_{expected.budget.measure}": cost}
+
+    def _expected_cost(self, network: Supernet) -> ExpectedCost | None:
+        if self.config.budget is None:
+            return None
+        if self._expected is None:
+            self._expected = ExpectedCost(network, Budget.parse(self.config.budget))
+        return self._expected
 
     def _share(self, progress: float) -> float:
         start = self.config.sparsity_start

@@ -9,7 +9,10 @@ from posefabric.config import SearchConfig
 from posefabric.models.build import build_supernet
 from posefabric.models.supernet import Supernet
 from posefabric.run import RunFolder
+from posefabric.search.beta_decay import BetaDecay
 from posefabric.search.bilevel import FirstOrder, SecondOrder
+from posefabric.search.gates import Gates
+from posefabric.search.gumbel import Gumbel
 from posefabric.search.random import Random
 from posefabric.search.synchronous import Synchronous
 from posefabric.search.uniform import Uniform
@@ -22,6 +25,9 @@ STRATEGIES: dict[str, Callable[[SearchConfig], Strategy]] = {
     "synchronous": Synchronous,
     "first_order": FirstOrder,
     "second_order": SecondOrder,
+    "gumbel": Gumbel,
+    "gates": Gates,
+    "beta_decay": BetaDecay,
 }
 
 

@@ -25,6 +25,12 @@ def choose_parts(
     """
     if isinstance(parts, Mapping):
         return {name: _own_part(skeleton, name, names) for name, names in parts.items()}
+    if isinstance(parts, str) and parts.startswith("learned"):
+        raise PosefabricError(
+            f"model.parts={parts}: is learned from training persons before a network is built; "
+            f"`posefabric search` and `train` do, or give the parts that `posefabric data parts` "
+            f"prints"
+        )
     if isinstance(parts, str):
         return _random_parts(skeleton, parts, seed)
     if parts not in skeleton.groupings:

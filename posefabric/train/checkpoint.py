@@ -49,12 +49,16 @@ def save_checkpoint(run: RunFolder, state: Mapping[str, Any], *, step: int, keep
     only then named in ``checkpoints/index.json`` with its SHA-256; older ones are deleted
     last. Whatever moment the process dies at, the newest complete checkpoint loads.
 
+    Writes nothing where ``run.writes`` is False. Returns the file, or then its folder.
+
     Raises PosefabricError when the disk is full (earlier checkpoints stay) or when a value
     is of a kind that could not be loaded without running code.
     """
     if keep < 1:
         raise PosefabricError(f"keep={keep}: at least one checkpoint must be kept")
     folder = run.checkpoints_dir
+    if not run.writes:
+        return folder
     remove_temporaries(folder)
     buffer = io.BytesIO()
     torch.save(_loadable(state, "state"), buffer)

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from posefabric.config import OptimConfig
 from posefabric.data.pipeline import TrainingData
+from posefabric.distributed import first_told
 from posefabric.models.network import first_non_finite
 from posefabric.run import RunFolder
 from posefabric.structures import CropBatch, PoseBatch, PosefabricError
-from posefabric.train.loss import LOSSES
+from posefabric.train.loss import make_loss
 from posefabric.train.precision import resolve_precision
 from posefabric.train.probe import Probe
 from posefabric.train.strategy import Evidence, Strategy
@@ -59,7 +60,7 @@ class ArchitectureTrainer:
         if optimiser is None or data is None:
             return None
         half = resolve_precision(optim.precision, data.device) == "bf16"
-        probe = Probe(network, loss=LOSSES[optim.loss], half=half)
+        probe = Probe(network, loss=make_loss(optim.loss), half=half)
         limit = optim.max_bad_steps
         return cls(network, data, optimiser, probe=probe, run=run, max_bad_steps=limit)
 
@@ -140,7 +141,7 @@ class ArchitectureTrainer:
         if self.bad_in_a_row <= self.max_bad_steps:
             return
         kept = [buffer.clone() for buffer in self.network.buffers()]
-        culprit = first_non_finite(self.network, held_out.images)
+        culprit = first_told(first_non_finite(self.network, held_out.images))
         for buffer, value in zip(self.network.buffers(), kept, strict=True):
             buffer.copy_(value)
         self.run.set_state("failed")

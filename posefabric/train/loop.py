@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from posefabric.config import OptimConfig
 from posefabric.data.pipeline import TrainingData
+from posefabric.distributed import any_rank, first_told, in_step, place
 from posefabric.models.network import PoseNetwork, first_non_finite
 from posefabric.run import RunFolder
 from posefabric.structures import CropBatch, DataError, PoseBatch, PosefabricError
@@ -22,7 +23,7 @@ from posefabric.train.checkpoint import (
     save_checkpoint,
 )
 from posefabric.train.held_out import ArchitectureTrainer
-from posefabric.train.loss import LOSSES
+from posefabric.train.loss import make_loss
 from posefabric.train.optim import (
     AveragedWeights,
     make_optimiser,
@@ -31,6 +32,7 @@ from posefabric.train.optim import (
     set_rate,
     weight_groups,
 )
+from posefabric.train.parallel import Parallel
 from posefabric.train.precision import Precision, autocast, make_scaler, resolve_precision
 from posefabric.train.progress import Progress, StopRequest
 from posefabric.train.strategy import Strategy
@@ -48,6 +50,7 @@ class Trainer:
         held_out: persons for the architecture's own steps, for a strategy that wants them.
         validate: called with the network every ``optim.evaluate_every`` epochs; its numbers
             are logged beside the step.
+        sync_norms: with several processes, see ``train/parallel.py``.
         precision: what ``optim.precision`` came to on the device; known once ``fit`` began.
         seconds, cpu_seconds: the clock's and all threads' time in steps, over all resumes.
         phase: the label of this phase's records in metrics.jsonl.
@@ -63,6 +66,7 @@ class Trainer:
     device: torch.device
     held_out: TrainingData | None = None
     validate: Callable[[PoseNetwork], dict[str, float]] | None = None
+    sync_norms: bool = True
     step: int = 0
     seconds: float = 0.0
     cpu_seconds: float = 0.0
@@ -73,6 +77,7 @@ class Trainer:
     _scaler: Any = None
     _average: AveragedWeights | None = None
     _architecture: ArchitectureTrainer | None = None
+    _ranks: Any = None
     _buffers: list[Tensor] = field(default_factory=list)
     _kept_buffers: list[Tensor] = field(default_factory=list)
 
@@ -93,13 +98,13 @@ class Trainer:
         """
         self._prepare()
         self.run.set_state("running")
-        with StopRequest() as stop, Progress() as progress:
+        with StopRequest() as stop, Progress(enabled=place().rank == 0) as progress:
             progress.start(self.total_steps, self.phase, step=self.step)
             started, cpu_started = time.perf_counter(), time.process_time()
             for step, crops, held_out in self._crops():
                 if step >= self.total_steps:
                     break
-                if stop.requested:
+                if any_rank(stop.requested):
                     self._save()
                     self.run.set_state("stopped")
                     raise TrainingStopped(
@@ -107,7 +112,8 @@ class Trainer:
                         f"command with --resume goes on from here"
                     )
                 batch = self.data.prepare(crops, step)
-                record = self._train_step(batch, step, held_out)
+                with self._ranks.step(step):
+                    record = self._train_step(batch, step, held_out)
                 self.step = step + 1
                 now, cpu_now = time.perf_counter(), time.process_time()
                 self.seconds += now - started
@@ -118,8 +124,9 @@ class Trainer:
 
     def _crops(self) -> Iterator[tuple[int, CropBatch, CropBatch | None]]:
         held_out = None if self._architecture is None else self._architecture.crops(self.step)
+        held_out = None if held_out is None else in_step(held_out)
         try:
-            for step, crops in self.data.crops(self.step):
+            for step, crops in in_step(self.data.crops(self.step)):
                 yield step, crops, None if held_out is None else next(held_out)
         except DataError:
             # What is learned so far outlives a bad picture.
@@ -134,6 +141,8 @@ class Trainer:
         torch.manual_seed(self.seed)
         generator = torch.Generator().manual_seed(self.seed)
         self.strategy.prepare(self.network, generator)
+        self._ranks = Parallel(self.network, sync_norms=self.sync_norms, seed=self.seed)
+        self._ranks.start()
         architecture = self.strategy.parameter_groups(self.network)
         self._optimiser = make_optimiser([*weight_groups(self.network, self.optim), *architecture])
         self._scaler = make_scaler(self.device, self.precision)
@@ -148,6 +157,7 @@ class Trainer:
         else:
             # A training that died before its first checkpoint may have left records.
             self.run.rewind(0, self.phase)
+        self._ranks.check(self.step)
         self.network.train()
         self._buffers = [b for b in self.network.buffers() if b.is_floating_point()]
         self._kept_buffers = [b.clone() for b in self._buffers]
@@ -173,18 +183,19 @@ class Trainer:
         _copy_all(self._buffers, to=self._kept_buffers)
         with self._autocast():
             outputs = self.network(batch.images)
-        loss = LOSSES[self.optim.loss](outputs.float(), batch.heatmaps, batch.weights)
+        loss = make_loss(self.optim.loss)(outputs.float(), batch.heatmaps, batch.weights)
         # With steps of their own, alpha and beta meet the penalty there.
         penalty = None if held_out is not None else self.strategy.penalty(self.network, progress)
-        objective = loss if penalty is None else loss + penalty
+        objective = loss if penalty is None else loss + self._ranks.penalty(penalty)
         self._scaler.scale(objective).backward()
+        loss = self._ranks.gather(loss)
         self._scaler.unscale_(self._optimiser)
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.optim.clip_norm)
-        finite = bool(torch.isfinite(objective.detach()) & torch.isfinite(norm))
+        finite = bool(torch.isfinite(objective.detach() + loss) & torch.isfinite(norm))
         record: dict[str, Any] = {
             "phase": self.phase,
             "step": step + 1,
-            "loss": float(loss.detach()),
+            "loss": float(loss),
             "learning_rate": self.optim.learning_rate * factor,
             "gradient_norm": float(norm),
             **architecture,
@@ -199,6 +210,7 @@ class Trainer:
         self._bad_in_a_row = 0
         self._scaler.step(self._optimiser)
         self._scaler.update()
+        self._ranks.average_statistics()
         if self._average is not None:
             self._average.update(self.network, step)
         return record
@@ -214,7 +226,7 @@ class Trainer:
         if self._bad_in_a_row <= self.optim.max_bad_steps:
             return
         with self._autocast():
-            culprit = first_non_finite(self.network, batch.images)
+            culprit = first_told(first_non_finite(self.network, batch.images))
         _copy_all(self._kept_buffers, to=self._buffers)
         self.run.set_state("failed")
         raise PosefabricError(
@@ -257,6 +269,7 @@ class Trainer:
             self.network.load_state_dict(kept)
 
     def _save(self) -> None:
+        self._ranks.check(self.step)
         state = {
             "phase": self.phase,
             "network": self.network.state_dict(),
@@ -269,7 +282,7 @@ class Trainer:
             "skipped_steps": self.skipped_steps,
             "bad_in_a_row": self._bad_in_a_row,
             "total_steps": self.total_steps,
-            "random": capture_random_state(),
+            "random": None if self._ranks.many else capture_random_state(),
         }
         save_checkpoint(self.run, state, step=self.step)
 
@@ -291,7 +304,7 @@ class Trainer:
         self.cpu_seconds = state["cpu_seconds"]
         self.skipped_steps = state["skipped_steps"]
         self._bad_in_a_row = state["bad_in_a_row"]
-        if "random" in state:
+        if state.get("random") is not None and not self._ranks.many:
             restore_random_state(state["random"])
         self.step = step
         self.run.rewind(step, self.phase)

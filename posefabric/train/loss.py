@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
+
+from posefabric.distributed import place, summed
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
@@ -24,7 +27,33 @@ def mean_squared_error(outputs: Tensor, targets: Tensor, weights: Tensor) -> Ten
     return losses.mean()
 
 
-LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+LOSSES: dict[str, Loss] = {
     "cross_entropy": cross_entropy,
     "mse": mean_squared_error,
 }
+
+# What each of them divides its sum by, of weights (B, K).
+COUNTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "cross_entropy": lambda weights: weights.sum(),
+    "mse": lambda weights: torch.full_like(weights[0, 0], weights.numel()),
+}
+
+
+def make_loss(name: str) -> Loss:
+    """The loss ``name`` of the batch of all ranks: this rank's share of it.
+
+    Shares add up to the loss of the whole batch, and their gradients to its gradient, however
+    unevenly annotated keypoints are spread. In one process it is the loss itself.
+    """
+    loss, count = LOSSES[name], COUNTS[name]
+    if place().ranks == 1:
+        return loss
+
+    def share(outputs: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        own = count(weights)
+        whole = summed([own])[0]
+        return loss(outputs, targets, weights) * (own.clamp(min=1) / whole.clamp(min=1))
+
+    return share

@@ -9,7 +9,15 @@ from typing import Any
 import torch
 
 from posefabric.config import Config, OptimConfig
-from posefabric.data.pipeline import TrainingData, make_codec, make_geometry, open_dataset
+from posefabric.data.pipeline import (
+    TrainingData,
+    make_codec,
+    make_conventions,
+    make_geometry,
+    open_dataset,
+)
+from posefabric.distributed import gather, place
+from posefabric.evaluate.kept import save_predictions
 from posefabric.evaluate.runner import evaluate_network
 from posefabric.models.build import choose_device
 from posefabric.models.grouped import fast_path
@@ -37,7 +45,7 @@ def train_phase(
     """Train, save weights and architecture, evaluate on the validation persons.
 
     Goes on from the run's newest checkpoint when it has one. Returns the evaluation, which is
-    also written to ``evaluation.json``.
+    also written to ``evaluation.json``, and what it is of to ``predictions.npz``.
     """
     config = run.config
     _check_loss(network, optim, phase)
@@ -70,16 +78,26 @@ def train_phase(
         seed=config.seed,
         device=device,
         held_out=held_out,
+        sync_norms=config.sync_norms,
         validate=lambda current: headline(evaluate(current, config, validation, device=device)),
     )
     trainer.fit()
-    save_weights(run.weights_path, network)
+    if run.writes:
+        save_weights(run.weights_path, network)
     run.write_text(run.architecture_path.name, network.architecture().to_json())
-    result = evaluate(network, config, validation, device=device)
+    result = evaluate(
+        network,
+        config,
+        validation,
+        device=device,
+        on_predictions=lambda found: save_predictions(run, found),
+    )
     result["train_seconds"] = trainer.seconds
     result["train_precision"] = trainer.precision
     result["train_cpu_seconds"] = trainer.cpu_seconds
     result["train_steps"] = trainer.step
+    result["train_processes"] = place().ranks
+    result["train_wait_seconds"] = data.wait_seconds
     result["skipped_steps"] = trainer.skipped_steps
     unreadable = dict(data.loader.unreadable)
     if held_out is not None:
@@ -87,6 +105,7 @@ def train_phase(
         result["train_persons"] = len(data.loader.rows)
         result["held_out_persons"] = len(held_out.loader.rows)
         result["skipped_architecture_steps"] = trainer.skipped_architecture_steps
+    unreadable = {file: why for found in gather(unreadable) for file, why in found.items()}
     result["unreadable_train_files"] = len(unreadable)
     if unreadable:
         _log.warning("%d unreadable training pictures were skipped", len(unreadable))
@@ -131,25 +150,31 @@ def evaluate(
             f"data.channel_order={config.data.channel_order}: this network was trained on "
             f"{network.graph.channel_order}; leave the option out"
         )
-    chosen = config.evaluation
-    if chosen.nms_area is not None:
-        options.setdefault("nms_area", chosen.nms_area)
     return evaluate_network(
         network,
         dataset,
         geometry=make_geometry(config.data),
         codec=make_codec(config.data),
         normalisation=network.normalisation,
-        flip=chosen.flip_test if flip is None else flip,
+        flip=config.evaluation.flip_test if flip is None else flip,
         device=device,
         on_bad_image=config.data.on_bad_image,
-        score_threshold=chosen.rescore_threshold,
-        nms_threshold=chosen.nms_threshold,
-        pck_threshold=chosen.pck_threshold,
-        pckh_threshold=chosen.pckh_threshold,
-        legacy_pckh=chosen.legacy_pckh,
-        **options,
+        **{**measure_options(config), **options},
     )
+
+
+def measure_options(config: Config) -> dict[str, Any]:
+    """How the options want predictions measured: arguments of evaluate_predictions."""
+    chosen, rules = config.evaluation, make_conventions(config.data)
+    return {
+        "score_threshold": chosen.rescore_threshold,
+        "nms_threshold": chosen.nms_threshold,
+        "nms_area": chosen.nms_area or rules.nms_area,
+        "box_padding": rules.box_padding,
+        "pck_threshold": chosen.pck_threshold,
+        "pckh_threshold": chosen.pckh_threshold,
+        "legacy_pckh": chosen.legacy_pckh,
+    }
 
 
 def headline(result: dict[str, Any]) -> dict[str, float]:

@@ -31,7 +31,9 @@ class Evidence:
         train: the batch of the weights' step that follows.
         held_out: a batch of persons from whom the weights never learn.
         rates: the weights by name, with the learning rate of the step that follows.
-        loss_of: the loss on a batch; differentiable by alpha, beta and the weights.
+        loss_of: the loss on a batch; differentiable by alpha, beta and the weights. With several
+            processes it is this rank's share, and what is made of it (gradients, the loss that is
+            told) has to be added up by ``posefabric.distributed.summed``.
     """
 
     train: PoseBatch

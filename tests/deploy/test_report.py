@@ -19,6 +19,7 @@ from posefabric.deploy.report_sections import (
     joints_section,
     parts_section,
     report_sections_from,
+    shipped_section,
 )
 from posefabric.space.architecture import (
     Architecture,
@@ -303,3 +304,39 @@ def test_writing_makes_the_folder_and_replaces_the_file(tmp_path: Path):
     text = path.read_text(encoding="utf-8")
     assert "<p>first 1</p><p>second</p>" in text and "first 0" not in text
     assert [entry.name for entry in path.parent.iterdir()] == ["report.html"]
+
+
+def test_what_was_shipped_is_a_row_a_file() -> None:
+    latency = {"1": {"ms": 2.5, "low": 2.0, "high": 3.25, "ratio": 4.0}}
+    rows = [
+        {"variant": "torch eager", "file": None, "bytes": None, "latency": latency},
+        {"variant": EVIL, "bytes": 12_340_000, "PCK": 51.234, "loss": None, "latency": latency},
+        {
+            "variant": "onnxruntime int8",
+            "bytes": 4_000_000,
+            "PCK": 50.0,
+            "loss": {"PCK": 1.234},
+            "latency": latency,
+            "written": False,
+        },
+    ]
+    conditions = {
+        "threads": 2,
+        "latency_rounds": 20,
+        "persons": 7,
+        "data": "people",
+        "flip": False,
+        "losses_against": "onnxruntime fp32",
+    }
+    table = {"rows": rows, "conditions": conditions, "machine": {"cpu": "a CPU"}}
+    page = Page(shipped_section(table).html())
+    headers, eager, whole, small = page.rows
+    assert headers[:4] == ["variant", "MB", "PCK, %", "loss, points"]
+    assert headers[4:] == ["ms, batch 1", "times torch, batch 1"]
+    assert eager == ["torch eager", "–", "–", "–", "2.50 (2.00 to 3.25)", "4.00"]
+    assert whole[:4] == [EVIL, "12.34", "51.23", "–"]
+    assert small[0] == "onnxruntime int8 (lost too much, not written)" and small[3] == "+1.23"
+    said = " ".join(page.said)
+    assert "a CPU, 2 threads" in said and "7 persons of people, flip test off" in said
+    sections = report_sections_from(facts={}, networks={}, shipped=table)
+    assert "Shipped" in [section.title for section in sections]

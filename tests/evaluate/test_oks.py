@@ -16,13 +16,10 @@ from posefabric.data.coco import read_coco
 from posefabric.evaluate.oks import (
     METRICS,
     coco_results,
-    crop_area,
     oks_evaluate,
-    oks_nms,
-    rescored,
-    similarity,
     write_coco_results,
 )
+from posefabric.evaluate.similarity import crop_area, oks_nms, rescored, similarity
 from posefabric.skeletons import Skeleton, load_skeleton
 from posefabric.structures import DataError, Person, PersonDataset, PosefabricError, Predictions
 

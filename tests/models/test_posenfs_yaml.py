@@ -110,6 +110,7 @@ def test_other_ways_to_write_it(tmp_path: Path) -> None:
     }
     released = read(tmp_path, tree)
     assert released.spec["dataset"] == "mpii"
+    assert released.options["data"]["format"] == "mpii"
     assert released.spec["cell_config"]["operators"] == ["Zero", "skip_connect"]
     assert released.spec["cell_config"]["one-shot-search"] is False
     assert released.options["data"]["input_wh"] == [320, 320]

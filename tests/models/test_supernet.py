@@ -24,7 +24,8 @@ from posefabric.evaluate.reference import (
     relative_difference,
 )
 from posefabric.models.backbones import TimmBackbone
-from posefabric.models.supernet import Supernet, sparsemax
+from posefabric.models.relaxation import sparsemax
+from posefabric.models.supernet import Supernet
 from posefabric.space.architecture import Head
 from posefabric.space.fabric import FabricShape
 from posefabric.structures import PosefabricError

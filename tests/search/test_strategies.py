@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,11 +13,16 @@ from networks import make_supernet
 from trainings import make_config, make_trainer
 
 from posefabric.config import SearchConfig
+from posefabric.derive.prune import prune
+from posefabric.derive.transfer import transfer_weights
+from posefabric.models.build import build_supernet
+from posefabric.models.compact import build_compact
 from posefabric.models.supernet import Supernet
 from posefabric.search.random import Random
 from posefabric.search.run_search import STRATEGIES
 from posefabric.search.synchronous import Synchronous
 from posefabric.search.uniform import Uniform
+from posefabric.space.cell import is_zero
 from posefabric.train.optim import make_optimiser, weight_groups
 from posefabric.train.strategy import Strategy
 
@@ -44,6 +49,9 @@ def test_every_option_has_its_strategy() -> None:
         "synchronous",
         "first_order",
         "second_order",
+        "gumbel",
+        "gates",
+        "beta_decay",
     }
 
 
@@ -167,3 +175,114 @@ def test_the_penalty_rises_and_drives_to_decisions() -> None:
     assert after["alpha_entropy"] < 0.7 * before["alpha_entropy"]
     assert after["beta_entropy"] < 0.7 * before["beta_entropy"]
     assert strategy.readings(network) == after
+
+
+def searched(strategy: str, **options: Any) -> tuple[Supernet, Strategy]:
+    config = make_config(search=dict(strategy=strategy, **options))
+    network = build_supernet(config, pretrained=False).train()
+    made = STRATEGIES[strategy](config.search)
+    made.prepare(network, generator(3))
+    made.schedule(network, 0.5)
+    return network, made
+
+
+def test_gumbel_draws_one_path_and_moves_only_it() -> None:
+    network, strategy = searched("gumbel")
+    drawn = []
+    for part in network.graph.parts:
+        for cell, own in zip(part.cells, network.cell_weights(part), strict=True):
+            drawn.append([w for w in own.sources if not is_zero(w)])
+            drawn += [[w for w in row if not is_zero(w)] for row in own.choices]
+            assert len(own.sources) == len(cell.sources)
+    assert all(len(row) == 1 and float(row[0]) == 1.0 for row in drawn)
+    network(torch.randn(2, 3, 64, 64)).square().mean().backward()
+    # The softmax ties the options of a row: those not drawn move against the one drawn.
+    for parameter in network.betas.values():
+        assert parameter.grad is not None
+        assert float(parameter.grad.sum(-1).abs().max()) < 1e-6
+    again, _ = searched("gumbel")
+    for part, (alpha, beta) in network.noise.items():
+        assert torch.equal(alpha, again.noise[part][0]) and torch.equal(beta, again.noise[part][1])
+    before = {part: pair[0].clone() for part, pair in network.noise.items()}
+    strategy.schedule(network, 0.6)
+    assert all(not torch.equal(before[part], pair[0]) for part, pair in network.noise.items())
+
+
+def test_gumbel_draws_by_probability_and_evaluates_the_likeliest() -> None:
+    network, strategy = searched("gumbel")
+    part = next(iter(network.alphas))
+    with torch.no_grad():
+        network.alphas[part].copy_(torch.tensor([0.0, 1.0, 2.0, 0.5]))
+    expected, _ = network.probabilities(part)
+    counts = torch.zeros(4)
+    for step in range(1500):
+        strategy.schedule(network, step / 1500)
+        counts += network.mixing(part)[0].detach()[0, 0]
+    assert torch.allclose(counts / 1500, expected.detach()[0, 0], atol=0.05)
+    weights = network.eval().mixing(part)[0].detach()[0, 0]
+    assert weights.tolist() == [0.0, 0.0, 1.0, 0.0]
+
+
+def test_what_gumbel_evaluates_is_what_is_derived() -> None:
+    """No gap: pruning a mixture of likeliest options is lossless and leaves one path."""
+    network, _ = searched("gumbel")
+    with torch.no_grad():
+        for number, parameter in enumerate(network.arch_parameters().values()):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator(number)))
+            if parameter.ndim == 3:
+                parameter[..., 0] = -5
+    network.eval()
+    graph = prune(network.architecture())
+    cells = [cell for part in graph.parts for cell in part.cells]
+    assert all(len(c.sources) == 1 and len(c.edges[0].choices) == 1 for c in cells)
+    compact = build_compact(graph)
+    transfer_weights(network, compact)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(compact.eval()(images), network(images), rtol=1e-5, atol=1e-5)
+
+
+def test_gates_do_not_compete() -> None:
+    network, strategy = searched("gates", sparsity=1.0, source_sparsity=1.0, sparsity_start=0.0)
+    part = next(iter(network.alphas))
+    alpha, beta = network.probabilities(part)
+    assert float(alpha.detach().max()) == float(alpha.detach().min()) == 0.5
+    assert float(beta.detach().sum(-1).max()) > 1, "several sources may be summed"
+    assert strategy.readings(network) == pytest.approx({"alpha_entropy": 1, "beta_entropy": 1})
+    with torch.no_grad():
+        network.alphas[part][..., :2] += 0.5
+        network.alphas[part][..., 2:] -= 0.5
+    optimiser = torch.optim.Adam(network.arch_parameters().values(), lr=0.1)
+    for _ in range(80):
+        optimiser.zero_grad()
+        penalty = strategy.penalty(network, 1.0)
+        assert penalty is not None
+        penalty.backward()
+        optimiser.step()
+    decided = network.probabilities(part)[0].detach()
+    assert float(decided[..., :2].min()) > 0.95 and float(decided[..., 2:].max()) < 0.05
+
+
+def test_beta_decay_follows_its_formula_and_flattens() -> None:
+    network, strategy = searched("beta_decay", beta_decay_weight=3.0)
+    with torch.no_grad():
+        for number, parameter in enumerate(network.arch_parameters().values()):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator(number)))
+    rows = []
+    for part in network.shapes:
+        rows += [math.log(sum(math.exp(v) for v in r)) for r in network.alphas[part][0].tolist()]
+        absent = network._absent(part)
+        for row, gone in zip(network.betas[part].tolist(), absent.tolist(), strict=True):
+            there = [v for v, g in zip(row, gone, strict=True) if not g]
+            rows.append(math.log(sum(map(math.exp, there))))
+    penalty = strategy.penalty(network, 0.4)
+    assert penalty is not None
+    assert float(penalty.detach()) == pytest.approx(0.4 * 3.0 * sum(rows) / len(rows), rel=1e-5)
+    assert float(strategy.penalty(network, 0.0)) == 0  # type: ignore[arg-type]
+    penalty.backward()
+    part = next(iter(network.alphas))
+    gradient, logits = network.alphas[part].grad, network.alphas[part].detach()
+    assert gradient is not None
+    assert torch.equal(gradient.flatten().argsort(), logits.flatten().argsort()), (
+        "the larger a logit, the harder it is pulled down"
+    )

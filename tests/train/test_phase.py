@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -87,6 +88,25 @@ def test_evaluation_is_the_runners_under_the_configuration() -> None:
     found = [x for row in result["predictions"] for x in row["keypoints"][:2]]
     assert found == pytest.approx(expected.keypoints[:, 0].flatten().tolist(), abs=1e-3)
     assert result["flip"] is False and result["preset"] == "udp"
+
+
+def test_kept_predictions_follow_the_options() -> None:
+    """Of persons that lie on one another the better one is kept, unless NMS is off."""
+    dataset = people(8, seed=1)
+    person = dataset.persons[0]
+    twice = [dataclasses.replace(person, annotation_id=k) for k in (1, 2)]
+    same = dataclasses.replace(dataset, persons=twice)
+    network = build_supernet(make_config()).eval()
+
+    def kept(**evaluation: object) -> list[dict]:
+        config = make_config(evaluation=evaluation)
+        return evaluate(network, config, same, keep_predictions=True)["predictions"]
+
+    assert len(kept()) == 1 and len(kept(nms_threshold=None)) == 2
+    (plain,), (raw,) = kept(), kept(rescore_threshold=None)
+    assert raw["score"] == 1.0 != plain["score"], "the box's own score"
+    (mirrored,) = kept(flip_test=False)
+    assert mirrored["keypoints"] != plain["keypoints"]
 
 
 def test_headlines() -> None:

@@ -1,0 +1,133 @@
+"""Rows of several processes: one training in two against the same in one with two threads."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from posefabric.bench.context import Bench
+from posefabric.bench.machine import usable_cores
+from posefabric.bench.rows import Line, Missing, speed_row
+from posefabric.bench.subjects import Subject
+from posefabric.structures import PosefabricError
+
+PROCESSES = 2
+BATCH = 16
+# Steps that do not count: libraries start, and the crops of the first epoch are drawn.
+WARM_STEPS = 2
+PATIENCE_S = 600
+
+
+def processes(bench: Bench) -> Iterator[Line]:
+    """Whole commands, `posefabric search`, that train the last subject on synthetic people."""
+    subject = bench.subjects[-1]
+    name = f"processes.gloo{PROCESSES}.{subject.name}"
+    late = bench.too_late(name) or impossible(name)
+    if late is not None:
+        yield late
+        return
+    took: dict[str, list[float]] = {"ours": [], "theirs": []}
+    for turn in range(bench.effort.launches):
+        order = ("ours", "theirs") if turn % 2 == 0 else ("theirs", "ours")
+        for arm in order:
+            together = arm == "ours"
+            folder = bench.folder / f"processes-{turn}-{arm}"
+            launch(
+                command(subject, folder, together=together, steps=bench.effort.launch_steps),
+                threads=1 if together else PROCESSES,
+            )
+            took[arm].append(step_seconds(folder, skip=WARM_STEPS))
+            shutil.rmtree(folder)
+        if bench.too_late(name) is not None:
+            break
+    yield speed_row(
+        name,
+        ours=took["ours"],
+        theirs=took["theirs"],
+        count=BATCH,
+        baseline=f"one process with {PROCESSES} threads, the same batch",
+        conditions={
+            "batch": BATCH,
+            "steps": bench.effort.launch_steps - WARM_STEPS,
+            "device": "cpu",
+            "processes": PROCESSES,
+        },
+    )
+
+
+def impossible(name: str) -> Missing | None:
+    """Why two processes cannot be measured here."""
+    if importlib.util.find_spec("posefabric.distributed") is None:
+        return Missing(name, "this posefabric trains in one process only")
+    if usable_cores() < PROCESSES:
+        return Missing(name, f"needs {PROCESSES} cores, this process may use {usable_cores()}")
+    return None
+
+
+def command(subject: Subject, folder: Path, *, together: bool, steps: int) -> list[str]:
+    """The training as a command, in two processes or in one."""
+    start = [sys.executable, "-m"]
+    if together:
+        start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}", "-m"]
+    threads = 1 if together else PROCESSES
+    # One epoch is drawn, the others come from the cache.
+    options = {
+        "device": "cpu",
+        "threads": threads,
+        "data.format": "synthetic",
+        "data.synthetic_train": BATCH,
+        "data.synthetic_val": 2,
+        "data.workers": 0,
+        "search.batch_size": BATCH,
+        "search.epochs": steps,
+        "search.log_every": 1,
+        "search.checkpoint_every": 10**9,
+    }
+    config = subject.base or ""
+    given = [*subject.overrides, "model.weights=none"]
+    given += [f"{key}={value}" for key, value in options.items()]
+    words = ["posefabric", "search", *([config] if config else []), *given]
+    return [*start, *words, "--out", str(folder)]
+
+
+def launch(words: Sequence[str], *, threads: int) -> None:
+    """Run a command to its end. Raises PosefabricError with its last lines when it fails."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    try:
+        done = subprocess.run(
+            list(words),
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise PosefabricError(f"{' '.join(words)}: not done in {PATIENCE_S} s") from error
+    if done.returncode:
+        tail = "\n".join((done.stderr or done.stdout).strip().splitlines()[-5:])
+        raise PosefabricError(f"{' '.join(words)}: exit code {done.returncode}: {tail}")
+
+
+def step_seconds(folder: Path, *, skip: int) -> float:
+    """Mean seconds of a step of a run after the first ``skip``, by its own record.
+
+    metrics.jsonl has the images a second since the start of the training.
+    """
+    passed = {}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        record: dict[str, Any] = json.loads(line)
+        if "images_per_s" in record:
+            step = int(record["step"])
+            passed[step] = step * BATCH / float(record["images_per_s"])
+    last = max(passed, default=0)
+    if skip not in passed or last <= skip:
+        raise PosefabricError(f"{folder}: has no record of steps {skip} and later")
+    return (passed[last] - passed[skip]) / (last - skip)

@@ -1,0 +1,50 @@
+"""What a training costs, and how many epochs another network gets for the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from posefabric.config import Config
+from posefabric.data.pipeline import open_dataset
+from posefabric.evaluate.profile import count_macs
+from posefabric.models.network import PoseNetwork
+
+# Forward and backward passes a step of the weights comes with (docs/method.md).
+PASSES = {"first_order": 2, "second_order": 5}
+
+
+def passes_of(strategy: str) -> int:
+    return PASSES.get(strategy, 1)
+
+
+def network_macs(network: PoseNetwork, config: Config) -> int:
+    """Multiply-adds of one picture, forward, without folding: what a training step computes."""
+    width, height = config.data.input_wh
+    network.eval()
+    device = next(network.parameters()).device
+    with torch.no_grad():
+        return count_macs(lambda: network(torch.zeros(1, 3, height, width, device=device)))
+
+
+def total_cost(phases: Iterable[Mapping[str, Any]]) -> int:
+    """Forward multiply-adds of all trainings of a run: passes x persons x MACs, summed.
+
+    A backward pass costs about twice a forward one in every network, so that it cancels. Frozen
+    stems and smaller first inputs are not accounted for.
+    """
+    return sum(phase["passes"] * phase["persons"] * phase["macs"] for phase in phases)
+
+
+def epochs_for(cost: int, *, macs: int, config: Config) -> float:
+    """Epochs of the section ``finetune`` that cost what ``cost`` says, for a network of ``macs``.
+
+    Not fewer than one step.
+    """
+    count = len(open_dataset(config.data, "train"))
+    batch = min(config.finetune.batch_size, count)
+    steps_per_epoch = count // batch
+    steps = max(1, round(cost / (macs * batch)))
+    return steps / steps_per_epoch

@@ -1,0 +1,119 @@
+"""The arms that train: what of a step counts, and that it is the package's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from bench_parts import TINY, FakeClock, FakeGate
+
+from posefabric.bench import training
+from posefabric.bench.training import (
+    Enough,
+    PacedStrategy,
+    as_trained,
+    has_fast_path,
+    on_plain_path,
+    own_steps,
+    training_batch,
+    yardstick_steps,
+)
+from posefabric.models.build import build_supernet
+from posefabric.train.phase import train_phase
+from posefabric.train.strategy import Strategy
+
+CPU = torch.device("cpu")
+
+
+def test_only_what_lies_between_schedule_and_readings_counts() -> None:
+    clock, told, calls = FakeClock(), [], []
+
+    class Inner(Strategy):
+        name = "inner"
+
+        def schedule(self, network, progress):
+            calls.append(("schedule", progress))
+            clock.now += 1.0
+
+        def readings(self, network):
+            clock.now += 10.0
+            return {"entropy": 0.5}
+
+    def before() -> bool:
+        clock.now += 100.0  # waiting for one's turn
+        return len(told) < 2
+
+    paced = PacedStrategy(Inner(), before=before, after=told.append, device=CPU, clock=clock)
+    for _ in range(2):
+        paced.schedule(None, 0.25)
+        clock.now += 2.0
+        assert paced.readings(None) == {"entropy": 0.5}
+        clock.now += 50.0  # reading the next pictures
+    with pytest.raises(Enough):
+        paced.schedule(None, 0.5)
+    assert told == [3.0, 3.0] and calls == [("schedule", 0.25)] * 2
+    assert paced.name == "inner" and paced.held_out_share() == 0.0
+
+
+def test_a_search_step_a_turn_by_the_packages_own_training(monkeypatch) -> None:
+    given: list[dict[str, Any]] = []
+    networks: list[Any] = []
+
+    def kept(network, **options):
+        networks.append(network)
+        given.append(options)
+        return train_phase(network, **options)
+
+    monkeypatch.setattr(training, "train_phase", kept)
+    gate = FakeGate(turns=3)
+    own_steps(gate, config=TINY.config(), batch=2, device="cpu")  # type: ignore[arg-type]
+    (options,), (network,) = given, networks
+    assert len(gate.answers) == 3
+    assert all(seconds > 0 and peak >= 0 for seconds, peak in gate.answers)
+    assert options["strategy"].name == "synchronous" and not network.graph.faithful
+    (moved,) = network.alphas.parameters()
+    assert moved.detach().abs().max() > 0
+    assert options["optim"].batch_size == 2 and options["run"].config.device == "cpu"
+    assert not options["run"].path.exists()
+
+
+@pytest.mark.slow
+def test_a_peer_trains_by_the_same_trainer() -> None:
+    gate = FakeGate(turns=2)
+    config = TINY.peer("mobilenet_v2_deconv", "model.deconv_width=8")
+    own_steps(gate, config=config, batch=2, device="cpu")  # type: ignore[arg-type]
+    assert len(gate.answers) == 2
+
+
+def test_the_yardsticks_step_a_turn() -> None:
+    gate = FakeGate(turns=2)
+    yardstick_steps(gate, config=TINY.config(), batch=2, device="cpu")  # type: ignore[arg-type]
+    assert len(gate.answers) == 2 and all(seconds > 0 for seconds, _ in gate.answers)
+
+
+def test_the_batch_is_prepared_as_for_training() -> None:
+    batch = training_batch(TINY.config(), 3, CPU)
+    assert batch.images.shape == (3, 3, 64, 64) and batch.heatmaps.shape == (3, 17, 16, 16)
+
+
+def test_the_path_is_the_one_that_a_training_takes(monkeypatch) -> None:
+    config = TINY.config()
+    switched: list[Any] = []
+
+    class Grouped:
+        fast_path = staticmethod(switched.append)
+
+    monkeypatch.setattr(training, "has_fast_path", lambda config: True)
+    monkeypatch.setattr(training.importlib, "import_module", lambda name: Grouped)
+    network: Any = object()
+    model = config.model.model_copy(update={"path": "fast"})
+    fast = config.model_copy(update={"model": model})
+    as_trained(network, fast, CPU)
+    assert switched == [network]
+    as_trained(network, on_plain_path(fast), CPU)
+    as_trained(network, fast, torch.device("cuda"))
+    assert switched == [network]
+    monkeypatch.undo()
+    as_trained(build_supernet(config), config, CPU)
+    assert has_fast_path(config) == ("path" in type(config.model).model_fields)

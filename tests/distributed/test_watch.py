@@ -1,0 +1,79 @@
+"""A rank that dies, fails or hangs: the others end, and say which one it was."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import in_ranks
+
+from posefabric.distributed import summed, watch
+from posefabric.structures import PosefabricError
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "BEAT_S", 0.05)
+    monkeypatch.setattr(watch, "FOUND_S", 0.6)
+
+
+def waiting() -> None:
+    while True:
+        summed([torch.ones(1)])
+
+
+def test_a_killed_rank_is_named(tmp_path: Path) -> None:
+    def work(rank: int) -> None:
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        waiting()
+
+    first, second = in_ranks(work, tmp_path)
+    assert second is None
+    assert first.startswith("rank 0 of 2 stops: rank 1 (")
+    assert "has ended without a word" in first and "--resume" in first
+
+
+def test_the_killed_rank_may_be_the_one_that_holds_the_meeting_place(tmp_path: Path) -> None:
+    def work(rank: int) -> None:
+        if rank == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        waiting()
+
+    first, second = in_ranks(work, tmp_path)
+    assert first is None
+    assert second.startswith("rank 1 of 2 stops: rank 0 has ended without a word")
+
+
+def test_a_failing_rank_tells_why_and_only_it_is_blamed(tmp_path: Path) -> None:
+    def work(rank: int) -> None:
+        if rank == 1:
+            raise PosefabricError("the disk is full")
+        waiting()
+
+    found = in_ranks(work, tmp_path, ranks=3)
+    assert found[1] == "the disk is full"
+    for rank in (0, 2):
+        assert found[rank].startswith(f"rank {rank} of 3 stops: rank 1 (")
+        assert "ended: the disk is full" in found[rank]
+        assert "rank 2 (" not in found[rank] and "rank 0 (" not in found[rank]
+
+
+def test_a_rank_that_hangs_does_not_hold_the_others(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "GRACE_S", 0.2)
+
+    def work(rank: int) -> None:
+        if rank == 1:
+            # Stopped: it keeps its connections, so that nothing breaks by itself.
+            os.kill(os.getpid(), signal.SIGSTOP)
+        waiting()
+
+    with pytest.raises(AssertionError, match="hangs"):
+        in_ranks(work, tmp_path, silent_s=0.5, wait_s=3.0)
+    told = capfd.readouterr().err
+    assert "error: rank 0 of 2 stops: rank 1 (" in told and "no sign of life" in told
