@@ -56,7 +56,9 @@ def train_phase(
     gc.collect()
     gc.freeze()
     device = choose_device(config.device)
-    if config.model.path == "fast" and device.type == "cpu":
+    # Norms over several processes' statistics are computed module by module.
+    synchronised = config.sync_norms and place().ranks > 1
+    if config.model.path == "fast" and device.type == "cpu" and not synchronised:
         fast_path(network)
     validation = open_dataset(config.data, "val") if validation is None else validation
     data, held_out = TrainingData.open_split(
