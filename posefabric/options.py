@@ -176,6 +176,11 @@ class ModelConfig(Section):
     operations: tuple[str, ...] = ("zero", "skip", "sep_conv_3x3", "dil_conv_3x3")
     shared_alpha: bool = True
     faithful: bool = False
+    path: Literal["fast", "plain"] = Field(
+        default="fast",
+        description="how a training step is computed: on compiled CPU kernels, or module by module; "
+        "equal up to rounding",
+    )
     frozen_stem: bool = Field(
         default=False, description="freeze the backbone up to stride 4: a third less time a step"
     )
@@ -225,8 +230,9 @@ class OptimConfig(Section):
         default=0.0, ge=0, lt=1, description="decay of the averaged weights; 0: none"
     )
     loss: Literal["cross_entropy", "mse"] = "cross_entropy"
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        default="fp32", description="auto: bf16 where the device computes in it, else fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        default="fp32",
+        description="auto: bf16 where the device computes in it, else fp32; fp16 needs a GPU",
     )
     log_every: int = Field(default=10, ge=1)
     checkpoint_every: int = Field(default=100, ge=1, description="steps between checkpoints")

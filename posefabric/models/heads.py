@@ -28,9 +28,10 @@ class PartHead(nn.Module):
         nn.init.zeros_(self.final_layer[1].bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        x = _single(self.final_layer(x))
         if self.head.kind == "heatmap":
-            return x
+            return _single(self.final_layer(x))
+        relu, convolution = self.final_layer
+        x = _single_convolution(convolution, relu(x))
         batch, _, height, width = x.shape
         length = x.view(batch, self.num_keypoints, -1, height, width).square().sum(2)
         return length if self.head.scores == "softmax" else length / (1 + length)
@@ -56,8 +57,10 @@ class VolumeHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         dim = self.head.dim
-        volume = self.final_layer(x).unflatten(1, (-1, dim)).flatten(2, 3)
-        vectors = _single(self.final_layer_3d(volume)).unflatten(2, (dim, -1))
+        convolution, relu = self.final_layer
+        volume = relu(_single_convolution(convolution, x))
+        volume = volume.unflatten(1, (-1, dim)).flatten(2, 3)
+        vectors = _single_convolution(self.final_layer_3d, volume).unflatten(2, (dim, -1))
         length = vectors.square().sum(2)
         return length if self.head.scores == "softmax" else length / (1 + length)
 
@@ -71,6 +74,13 @@ def build_head(width: int, num_keypoints: int, head: Head) -> nn.Module:
 def _single(x: Tensor) -> Tensor:
     """Logits and squares leave half precision: their differences are what counts."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def _single_convolution(convolution: nn.Module, x: Tensor) -> Tensor:
+    """A 1x1 convolution outside half precision: what leaves its range has no squared length."""
+    weight: Tensor = convolution.weight  # type: ignore[assignment]
+    with torch.autocast(x.device.type, enabled=False):
+        return _single(convolution(x.to(weight.dtype)))
 
 
 def score_maps(outputs: Tensor, head: Head) -> Tensor:

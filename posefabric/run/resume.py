@@ -12,6 +12,7 @@ from posefabric.structures import PosefabricError
 MACHINE_OPTIONS = {
     "device",
     "threads",
+    "model.path",
     "data.root",
     "data.workers",
     "data.cache",

@@ -33,7 +33,7 @@ from posefabric.train.optim import (
     weight_groups,
 )
 from posefabric.train.parallel import Parallel
-from posefabric.train.precision import Precision, resolve_precision
+from posefabric.train.precision import Precision, autocast, make_scaler, resolve_precision
 from posefabric.train.progress import Progress, StopRequest
 from posefabric.train.strategy import Strategy
 
@@ -74,6 +74,7 @@ class Trainer:
     precision: Precision = "fp32"
     _bad_in_a_row: int = 0
     _optimiser: Any = None
+    _scaler: Any = None
     _average: AveragedWeights | None = None
     _architecture: ArchitectureTrainer | None = None
     _ranks: Any = None
@@ -144,6 +145,7 @@ class Trainer:
         self._ranks.start()
         architecture = self.strategy.parameter_groups(self.network)
         self._optimiser = make_optimiser([*weight_groups(self.network, self.optim), *architecture])
+        self._scaler = make_scaler(self.device, self.precision)
         if self.optim.ema:
             self._average = AveragedWeights(self.network, self.optim.ema)
         self._architecture = ArchitectureTrainer.make(
@@ -185,8 +187,9 @@ class Trainer:
         # With steps of their own, alpha and beta meet the penalty there.
         penalty = None if held_out is not None else self.strategy.penalty(self.network, progress)
         objective = loss if penalty is None else loss + self._ranks.penalty(penalty)
-        objective.backward()
+        self._scaler.scale(objective).backward()
         loss = self._ranks.gather(loss)
+        self._scaler.unscale_(self._optimiser)
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.optim.clip_norm)
         finite = bool(torch.isfinite(objective.detach() + loss) & torch.isfinite(norm))
         record: dict[str, Any] = {
@@ -201,17 +204,19 @@ class Trainer:
             record["penalty"] = float(penalty.detach())
         if not finite:
             record["skipped"] = True
+            self._scaler.update()
             self._skip(batch)
             return record
         self._bad_in_a_row = 0
-        self._optimiser.step()
+        self._scaler.step(self._optimiser)
+        self._scaler.update()
         self._ranks.average_statistics()
         if self._average is not None:
             self._average.update(self.network, step)
         return record
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        return autocast(self.device, self.precision)
 
     def _skip(self, batch: PoseBatch) -> None:
         # The forward pass has already moved the batch norms' statistics.
@@ -269,6 +274,7 @@ class Trainer:
             "phase": self.phase,
             "network": self.network.state_dict(),
             "optimiser": self._optimiser.state_dict(),
+            "scaler": self._scaler.state_dict(),
             "average": None if self._average is None else self._average.state,
             "architecture": None if self._architecture is None else self._architecture.state(),
             "seconds": self.seconds,
@@ -288,6 +294,8 @@ class Trainer:
             )
         self.network.load_state_dict(state["network"])
         self._optimiser.load_state_dict(state["optimiser"])
+        if state.get("scaler"):
+            self._scaler.load_state_dict(state["scaler"])
         if self._average is not None and state["average"] is not None:
             self._average.load(state["average"])
         if self._architecture is not None:

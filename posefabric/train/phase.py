@@ -20,6 +20,7 @@ from posefabric.distributed import gather, place
 from posefabric.evaluate.kept import save_predictions
 from posefabric.evaluate.runner import evaluate_network
 from posefabric.models.build import choose_device
+from posefabric.models.grouped import fast_path
 from posefabric.models.network import PoseNetwork
 from posefabric.run import RunFolder
 from posefabric.structures import PersonDataset, PosefabricError
@@ -55,6 +56,10 @@ def train_phase(
     gc.collect()
     gc.freeze()
     device = choose_device(config.device)
+    # Norms over several processes' statistics are computed module by module.
+    synchronised = config.sync_norms and place().ranks > 1
+    if config.model.path == "fast" and device.type == "cpu" and not synchronised:
+        fast_path(network)
     validation = open_dataset(config.data, "val") if validation is None else validation
     data, held_out = TrainingData.open_split(
         config,

@@ -90,3 +90,24 @@ def test_scores_of_a_perfect_fit_peak_at_one() -> None:
     peak = float(target.max() / target.sum())
     scores = score_maps(target.log(), Head(scores="softmax", peak=peak))
     torch.testing.assert_close(scores, target)
+
+
+@pytest.mark.parametrize("kind", ["vector", "vector3d"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_squares_do_not_overflow_in_half_precision(kind: str, dtype: torch.dtype) -> None:
+    """Vectors of 300 and more, whose squares float16 does not have, and maps near its end."""
+    torch.manual_seed(1)
+    head = build_head(6, 3, Head(kind=kind, dim=8, scores="identity"))  # type: ignore[arg-type]
+    for scale in (1e-3, 1.0, 5e3, 6e4):
+        x = (X.sign() * scale).to(dtype).requires_grad_()
+        exact = x.detach().float().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            found = head(x)
+        expected = head(exact)
+        assert found.dtype == torch.float32 and found.isfinite().all() and found.max() <= 1
+        found.sum().backward()
+        expected.sum().backward()
+        assert x.grad is not None and exact.grad is not None and x.grad.isfinite().all()
+        if kind == "vector":
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-12)
+            torch.testing.assert_close(x.grad.float(), exact.grad, rtol=0.02, atol=1e-6)

@@ -21,6 +21,7 @@ from trainings import CASES, STEPS, losses, make_config, make_trainer, people
 from posefabric.run import RunFolder
 from posefabric.search.synchronous import Synchronous
 from posefabric.structures import DataError, PersonDataset, PosefabricError
+from posefabric.train import loop
 from posefabric.train.checkpoint import load_checkpoint
 from posefabric.train.loop import Trainer, TrainingStopped
 from posefabric.train.strategy import Strategy
@@ -451,3 +452,22 @@ def test_ctrl_c_and_sigterm_leave_a_checkpoint(number: int, tmp_path: Path, whol
     state = finish(folder)
     assert losses(folder) == whole("sparsemax")[0]
     assert_equal_states(state, whole("sparsemax")[2])
+
+
+def test_a_scaled_loss_gives_the_same_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, _ = spoiled(tmp_path / "plain", {2: "gradient"})
+    plain.fit()
+    monkeypatch.setattr(
+        loop, "make_scaler", lambda device, precision: torch.amp.GradScaler("cpu", init_scale=1024)
+    )
+    trainer, _ = spoiled(tmp_path / "scaled", {2: "gradient"})
+    trainer.fit()
+    assert trainer.skipped_steps == plain.skipped_steps == 1
+    assert trainer._scaler.get_scale() == 512, "an overflow halves it, a good step leaves it"
+    # A power of two scales exactly.
+    assert_equal_states(state_of(trainer), state_of(plain))
+    trainer._save()
+    restored = load_checkpoint(trainer.run)
+    assert restored is not None and restored[0]["scaler"]["scale"] == 512

@@ -7,10 +7,18 @@ import logging
 import pytest
 import torch
 
+from posefabric.structures import PosefabricError
 from posefabric.train import precision
-from posefabric.train.precision import has_bf16, resolve_precision
+from posefabric.train.precision import (
+    FIRST_SCALE,
+    autocast,
+    has_bf16,
+    make_scaler,
+    resolve_precision,
+)
 
 CPU = torch.device("cpu")
+GPU = torch.device("cuda")
 
 
 @pytest.mark.parametrize("able", [True, False])
@@ -35,3 +43,22 @@ def test_bf16_by_name_is_obeyed_and_warned_of_where_it_is_emulated(
 def test_has_bf16_follows_what_onednn_says_of_this_cpu() -> None:
     assert has_bf16(CPU) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
     assert not has_bf16(torch.device("meta"))
+
+
+def test_fp16_is_for_gpus_alone() -> None:
+    with pytest.raises(PosefabricError, match=r"precision=fp16: needs a GPU.*cpu.*precision=fp32"):
+        resolve_precision("fp16", CPU)
+    assert resolve_precision("fp16", GPU) == "fp16"
+
+
+def test_the_forward_pass_runs_in_what_was_resolved() -> None:
+    x = torch.ones(2, 2)
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        with autocast(CPU, name):  # type: ignore[arg-type]
+            assert (x @ x).dtype == dtype
+
+
+def test_only_fp16_scales_its_loss() -> None:
+    assert not make_scaler(CPU, "fp32").is_enabled() and not make_scaler(CPU, "bf16").is_enabled()
+    scaler = make_scaler(CPU, "fp16")
+    assert scaler.scale(torch.tensor(1.0)).item() == FIRST_SCALE

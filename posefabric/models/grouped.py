@@ -1,0 +1,308 @@
+"""The fast path: the plain network's own modules, computed in fewer passes over memory.
+
+:func:`fast_path` gives modules a subclass whose training step on a CPU runs on the kernels of
+``fused.py``. Names, weights and results stay; without gradients, in evaluation, on other devices
+and in half precision the plain forward runs. What is grouped is what shares its maps: the norm,
+the ReLU, the product with alpha or beta and the sum over all candidates of an edge, or over all
+sources of a cell, are one computation.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from posefabric.models.fused import (
+    NONE,
+    RELU,
+    RELU6,
+    Term,
+    recomputing,
+    takes,
+    takes_norm,
+    weighted_sum,
+)
+from posefabric.models.fused_convolutions import Window, depthwise, pointwise
+from posefabric.models.native import load_kernels
+from posefabric.models.posenfs_backbones import Bottleneck
+from posefabric.models.timm_import import import_timm
+from posefabric.space.cell import Cell, FromCoarser, FromFiner, Weight, edge_name, is_zero
+
+_log = logging.getLogger(__name__)
+
+
+def fast_path(network: nn.Module) -> nn.Module:
+    """Switch a network, in place, to the fast path; :func:`plain_path` switches back.
+
+    Warns where the kernels cannot be compiled: then the plain path stays.
+    """
+    kernels = load_kernels()
+    if kernels.library is None:
+        _log.warning("model.path=fast: %s; model.path=plain is used", kernels.reason)
+        return network
+    for module in network.modules():
+        fast = _fast_kind(module)
+        if fast is not None and not isinstance(module, Fast):
+            kind = type(module)
+            module.__class__ = type(kind.__name__, (fast, kind), {"plain": kind})
+    return network
+
+
+def plain_path(network: nn.Module) -> nn.Module:
+    """Undo :func:`fast_path`."""
+    for module in network.modules():
+        if isinstance(module, Fast):
+            module.__class__ = module.plain
+    return network
+
+
+class Fast:
+    """Marks a module on the fast path; ``plain`` is the class it had."""
+
+    plain: type
+
+
+class FastNorm(Fast):
+    """A batch norm, with its activation where it has one (timm)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        module: Any = self
+        if not takes(x) or not takes_norm(module, x):
+            layer: Any = super()
+            return layer.forward(x)
+        act = _activation(getattr(module, "act", None))
+        assert act is not None
+        return weighted_sum([Term(x, norm=module, act=act)])
+
+
+class FastConv(Fast):
+    """A convolution that does not keep a normalised input which can be had again."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        layer: Any = super()
+        return recomputing(layer.forward, input)
+
+
+class FastPointwise(Fast):
+    """A 1x1 convolution of every pixel."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        module: Any = self
+        if not _fits(module, input):
+            layer: Any = super()
+            return layer.forward(input)
+        return recomputing(lambda x: pointwise(x, module.weight, module.bias), input)
+
+
+class FastDepthwise(Fast):
+    """A depthwise convolution without bias."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        module: Any = self
+        if not _fits(module, input):
+            layer: Any = super()
+            return layer.forward(input)
+        window = _window(module, input)
+        return recomputing(lambda x: depthwise(x, module.weight, window), input)
+
+
+class FastChain(Fast):
+    """Layers in a row; a norm and the ReLU behind it are one computation."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        module: Any = self
+        return chain(list(module), input)
+
+
+class FastBottleneck(Fast):
+    """ResNet's bottleneck: norm and ReLU, and the two norms of its sum, are one computation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        block: Any = self
+        if not takes(x) or not takes_norm(block.bn1, x):
+            layer: Any = super()
+            return layer.forward(x)
+        inner = _normed(block.bn1, block.conv1(x), RELU)
+        inner = _normed(block.bn2, block.conv2(inner), RELU)
+        last = Term(block.conv3(inner), norm=block.bn3)
+        residual = Term(x) if block.downsample is None else open_end(list(block.downsample), x)
+        return weighted_sum([last, residual], relu=True)
+
+
+class FastCell(Fast):
+    """A fabric's cell: every sum over sources or candidates is one computation."""
+
+    def forward(
+        self,
+        inputs: Mapping[int, Tensor],
+        source_weights: Sequence[Weight],
+        choice_weights: Sequence[Sequence[Weight]],
+        *,
+        finest: Tensor,
+    ) -> Tensor:
+        cell: Any = self
+        if not cell.graph.edges or not takes(finest) or not cell.training:
+            layer: Any = super()
+            return layer.forward(inputs, source_weights, choice_weights, finest=finest)
+        terms = [
+            _source_term(cell.sources[str(source.slot)], inputs[source.scale], weight)
+            for source, weight in zip(cell.graph.sources, source_weights, strict=True)
+            if not is_zero(weight)
+        ]
+        hidden = {0: weighted_sum(terms, relu=True)}
+        arriving: dict[int, list[Term]] = {}
+        for edge, weights in zip(cell.graph.edges, choice_weights, strict=True):
+            # Edges come in the order of their ends: all that ends in this start is known.
+            if edge.start not in hidden:
+                hidden[edge.start] = _node(arriving.get(edge.start, []), hidden[0])
+            choices = cell.edges[edge_name(edge)]
+            for choice, weight in zip(edge.choices, weights, strict=True):
+                if choice.operation == "zero" or is_zero(weight):
+                    continue
+                term = _candidate_term(choices[choice.operation], hidden[edge.start])
+                term.weight = weight
+                arriving.setdefault(edge.end, []).append(term)
+        nodes = [
+            hidden[n] if n in hidden else _node(arriving.get(n, []), hidden[0]) for n in cell.nodes
+        ]
+        joined = nodes[0] if len(nodes) == 1 else torch.cat(nodes, dim=1)
+        return cell.norm(cell.keep(joined))
+
+
+def chain(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
+    """``layers`` one after the other, each norm with the ReLU behind it."""
+    i = 0
+    while i < len(layers):
+        act = _activation(layers[i + 1]) if i + 1 < len(layers) else None
+        if _is_norm(layers[i]) and act is not None and takes(x) and takes_norm(layers[i], x):
+            x = _normed(layers[i], x, act)
+            i += 2
+        else:
+            x = layers[i](x)
+            i += 1
+    return x
+
+
+def open_end(layers: Sequence[nn.Module], x: Tensor) -> Term:
+    """``layers`` but for a last norm, and a ReLU behind it, which the term says."""
+    act = _activation(layers[-1])
+    place = len(layers) - (1 if act is None else 2)
+    if place >= 0 and _is_norm(layers[place]):
+        before = chain(layers[:place], x)
+        if takes_norm(layers[place], before):
+            norm: Any = layers[place]
+            return Term(before, norm=norm, act=NONE if act is None else act)
+        return Term(chain(layers[place:], before))
+    return Term(chain(layers, x))
+
+
+def _normed(norm: Any, x: Tensor, act: int) -> Tensor:
+    return weighted_sum([Term(x, norm=norm, act=act)])
+
+
+def _node(terms: list[Term], like: Tensor) -> Tensor:
+    """A node that nothing reaches is zero."""
+    return weighted_sum(terms) if terms else torch.zeros_like(like)
+
+
+def _candidate_term(operation: nn.Module, x: Tensor) -> Term:
+    layers: Any = getattr(operation, "operation", operation)
+    return open_end(list(layers), x) if isinstance(layers, nn.Sequential) else Term(operation(x))
+
+
+def _source_term(source: nn.Module, x: Tensor, weight: Weight) -> Term:
+    if isinstance(source, FromFiner):
+        term = open_end([source.conv, source.norm], x)
+        term.weight = weight
+        return term
+    if isinstance(source, FromCoarser):
+        # The product commutes with the interpolation and is four times smaller before it.
+        term = open_end([source.conv, source.norm], x)
+        term.weight = weight
+        small = weighted_sum([term])
+        return Term(
+            functional.interpolate(small, scale_factor=2, mode="bilinear", align_corners=True)
+        )
+    return Term(source(x), weight)
+
+
+def _fast_kind(module: nn.Module) -> type | None:
+    if isinstance(module, Cell):
+        return FastCell
+    if isinstance(module, Bottleneck):
+        return FastBottleneck
+    if type(module) is nn.Sequential:
+        return FastChain
+    if _is_norm(module):
+        drop = getattr(module, "drop", None)
+        known = drop is None or isinstance(drop, nn.Identity)
+        return FastNorm if known and _activation(getattr(module, "act", None)) is not None else None
+    if isinstance(module, nn.Conv2d):
+        if _is_known_depthwise(module):
+            return FastDepthwise
+        return FastPointwise if _is_pointwise(module) else FastConv
+    return None
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """torch's batch norm or timm's with an activation, and no other subclass."""
+    names = {kind.__name__ for kind in type(module).__mro__[:2]}
+    return isinstance(module, nn.BatchNorm2d) and bool(names & {"BatchNorm2d", "BatchNormAct2d"})
+
+
+def _activation(module: nn.Module | None) -> int | None:
+    """The kernels' number of an activation, none of a module that is none they know."""
+    if module is None or isinstance(module, nn.Identity):
+        return NONE
+    if isinstance(module, nn.ReLU6):
+        return RELU6
+    return RELU if isinstance(module, nn.ReLU) else None
+
+
+def _fits(conv: Any, x: Tensor) -> bool:
+    return (
+        conv.training
+        and x.ndim == 4
+        and x.shape[1] == conv.in_channels
+        and x.dtype == conv.weight.dtype
+        and takes(x)
+    )
+
+
+def _is_pointwise(conv: nn.Conv2d) -> bool:
+    one = all(set(v) == {1} for v in (conv.kernel_size, conv.stride))
+    return one and conv.groups == 1 and not isinstance(conv.padding, str) and not any(conv.padding)
+
+
+def _is_known_depthwise(conv: nn.Conv2d) -> bool:
+    square = all(len(set(v)) == 1 for v in (conv.kernel_size, conv.stride, conv.dilation))
+    return (
+        conv.groups == conv.in_channels == conv.out_channels > 1
+        and conv.bias is None
+        and conv.padding_mode == "zeros"
+        and not isinstance(conv.padding, str)
+        and square
+    )
+
+
+def _window(conv: Any, x: Tensor) -> Window:
+    kernel, stride, dilation = conv.kernel_size[0], conv.stride[0], conv.dilation[0]
+    import_timm()
+    from timm.layers import Conv2dSame
+
+    if isinstance(conv, Conv2dSame):
+        sides = [_same(size, kernel, stride, dilation) for size in x.shape[-2:]]
+    else:
+        sides = [(side, side) for side in conv.padding]
+    return Window(kernel, stride, dilation, (*sides[0], *sides[1]))
+
+
+def _same(size: int, kernel: int, stride: int, dilation: int) -> tuple[int, int]:
+    """TensorFlow's padding: as much as ceil(size / stride) outputs need, the odd one behind."""
+    needed = max((-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
+    return needed // 2, needed - needed // 2

@@ -1,0 +1,382 @@
+"""The fast path equals the plain one: outputs, gradients, statistics, in float64."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from networks import EVERY, PLAIN, make_supernet
+from torch import Tensor, nn
+from torch.nn import functional
+
+from posefabric.models import grouped
+from posefabric.models.backbones import make_backbone
+from posefabric.models.fused import RELU, RELU6, Term, weighted_sum
+from posefabric.models.fused_convolutions import Window, depthwise
+from posefabric.models.grouped import Fast, chain, fast_path, plain_path
+from posefabric.models.native import Kernels, load_kernels
+from posefabric.models.network import first_non_finite
+from posefabric.models.posenfs_backbones import Bottleneck, InvertedResidual
+from posefabric.search.bilevel import unrolled_gradients
+from posefabric.space.operations import DepthwiseConv2d, build_operation
+from posefabric.structures import PoseBatch
+from posefabric.train.loss import LOSSES
+from posefabric.train.probe import Probe
+from posefabric.train.strategy import Evidence
+
+pytestmark = pytest.mark.skipif(
+    load_kernels().library is None, reason=f"no kernels: {load_kernels().reason}"
+)
+
+
+BEFORE_A_NORM = (".keep.bias", ".conv.bias", ".0.bias")
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).double()
+
+
+def trained(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """Output, every gradient and every buffer after one training step's passes."""
+    network.train()
+    images = images.clone().requires_grad_()
+    out = network(images)
+    out.backward(noise(*out.shape, seed=1))
+    # Where sparsemax leaves nothing, the images have no influence.
+    found = {"output": out.detach()} | ({} if images.grad is None else {"images": images.grad})
+    for name, parameter in network.named_parameters():
+        if parameter.grad is not None:
+            found[name] = parameter.grad
+    return found | dict(network.named_buffers())
+
+
+def assert_equal(network: nn.Module, images: Tensor) -> None:
+    network = network.double()
+    fast = fast_path(copy.deepcopy(network).to(memory_format=torch.channels_last))
+    expected = trained(network, images)
+    found = trained(fast, images.contiguous(memory_format=torch.channels_last))
+    assert found.keys() == expected.keys()
+    gradients = [expected[n] for n, _ in network.named_parameters() if n in expected]
+    largest = max(float(value.abs().max()) for value in gradients)
+    for name, value in expected.items():
+        # A bias before a norm has no influence: on both paths its gradient is what rounding leaves
+        # of terms that are as large as the network's gradients are.
+        size = largest if name.endswith(BEFORE_A_NORM) else float(value.double().abs().max())
+        bound = 1e-8 * max(1.0, size)
+        assert float((found[name].double() - value.double()).abs().max()) <= bound, name
+
+
+PHASES = (Phase.explicit, Phase.generate)  # without shrinking, which takes minutes here
+
+
+@given(data=st.data())
+@settings(max_examples=3, deadline=None, derandomize=True, phases=PHASES)
+def test_any_mixture_equals_the_plain_one(data: st.DataObject) -> None:
+    check_a_mixture(data.draw)
+
+
+@pytest.mark.slow
+@given(data=st.data())
+@settings(max_examples=40, deadline=None, derandomize=True, phases=PHASES)
+def test_many_mixtures_equal_the_plain_ones(data: st.DataObject) -> None:
+    check_a_mixture(data.draw)
+
+
+def check_a_mixture(draw: Any) -> None:
+    operations = draw(st.lists(st.sampled_from(EVERY[1:]), min_size=1, max_size=4, unique=True))
+    network = make_supernet(
+        seed=draw(st.integers(0, 99)),
+        operations=("zero", *operations) if draw(st.booleans()) else tuple(operations),
+        hidden_nodes=draw(st.integers(1, 3)),
+        faithful=draw(st.booleans()),
+        relaxation=draw(st.sampled_from(["softmax", "sparsemax"])),
+        head=draw(st.sampled_from(["heatmap", "vector", "vector3d"])),
+        shared_alpha=draw(st.booleans()),
+        channel_factor=draw(st.integers(1, 3)),
+        first_layer=draw(st.sampled_from([3, 4, 5])),
+        parts=draw(st.sampled_from([None, {"all": (0, 1, 2, 3)}])),
+    )
+    assert_equal(network, noise(2, 3, 64, 64))
+
+
+@pytest.mark.parametrize("channels", [3, 8, 37])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "dilation", "padding", "hw"),
+    [
+        (3, 1, 1, (1, 1, 1, 1), (5, 7)),
+        (5, 2, 1, (1, 2, 1, 2), (8, 9)),
+        (3, 1, 2, (2, 2, 2, 2), (4, 4)),
+        (5, 1, 1, (2, 2, 2, 2), (4, 4)),
+        (3, 2, 1, (0, 1, 0, 1), (6, 6)),
+    ],
+)
+def test_depthwise_is_torchs_convolution(
+    channels: int,
+    kernel: int,
+    stride: int,
+    dilation: int,
+    padding: tuple[int, int, int, int],
+    hw: tuple[int, int],
+) -> None:
+    """Vectors of channels and what is left of them, borders on all sides, both strides."""
+    x = noise(5, channels, *hw).requires_grad_()
+    weight = noise(channels, 1, kernel, kernel, seed=1).requires_grad_()
+    top, bottom, left, right = padding
+    expected = functional.conv2d(
+        functional.pad(x, (left, right, top, bottom)),
+        weight,
+        stride=stride,
+        dilation=dilation,
+        groups=channels,
+    )
+    towards = noise(*expected.shape, seed=2)
+    found = depthwise(x, weight, Window(kernel, stride, dilation, padding))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    for a, b in zip(
+        torch.autograd.grad(found, (x, weight), towards),
+        torch.autograd.grad(expected, (x, weight), towards),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("channels", [5, 24])
+def test_a_sum_of_every_kind_of_term(channels: int) -> None:
+    """With and without norm, each activation, weights as numbers and as tensors, a final ReLU."""
+    norms = [nn.BatchNorm2d(channels, affine=affine).double() for affine in (True, False, True)]
+    for norm in (norms[0], norms[2]):
+        nn.init.uniform_(norm.weight, 0.5, 2)
+        nn.init.uniform_(norm.bias, 1, 3)
+    copies = copy.deepcopy(norms)
+    maps = [noise(3, channels, 6, 5, seed=i).mul(3).add(2).requires_grad_() for i in range(4)]
+    weights = [torch.tensor(v).double().requires_grad_() for v in (0.3, -0.7)]
+
+    def plain() -> Tensor:
+        total = weights[0] * functional.relu(copies[0](maps[0])) + weights[1] * maps[1]
+        return functional.relu(
+            total + 0.5 * copies[1](maps[2]) + functional.relu6(copies[2](maps[3]))
+        )
+
+    terms = [
+        Term(maps[0], weights[0], norms[0], RELU),
+        Term(maps[1], weights[1]),
+        Term(maps[2], 0.5, norms[1]),
+        Term(maps[3], 1.0, norms[2], RELU6),
+    ]
+    expected, found = plain(), weighted_sum(terms, relu=True)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    towards = noise(*expected.shape, seed=9)
+    wanted = [*maps, *weights, copies[0].weight, copies[0].bias, copies[2].weight, copies[2].bias]
+    ours = [*maps, *weights, norms[0].weight, norms[0].bias, norms[2].weight, norms[2].bias]
+    for a, b in zip(
+        torch.autograd.grad(found, ours, towards),
+        torch.autograd.grad(expected, wanted, towards),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+    for norm, other in zip(norms, copies, strict=True):
+        for name, value in other.named_buffers():
+            torch.testing.assert_close(norm.get_buffer(name), value, rtol=0, atol=1e-12)
+
+
+def test_norms_far_from_zero_and_what_is_not_a_number() -> None:
+    """A mean of a million deviations in float32; NaN and infinity are not hidden by a ReLU."""
+    x = noise(4, 9, 8, 8).float() * 1e-2 + 1e4
+    exact = nn.BatchNorm2d(9, affine=False).double()(x.double())
+    norm, other = (nn.BatchNorm2d(9, affine=False) for _ in range(2))
+    found = weighted_sum([Term(x, norm=norm)])
+    assert float((found - exact).abs().max()) <= float((other(x) - exact).abs().max()) * 1.5 + 0.05
+    for bad in (torch.nan, torch.inf):
+        x[1, 3, 2, 2] = bad
+        out = weighted_sum([Term(x, norm=norm, act=RELU)], relu=True)
+        assert out[:, 3].isnan().all() and out[:, 4].isfinite().all()
+
+
+def blocks() -> dict[str, nn.Module]:
+    torch.manual_seed(3)
+    return {
+        "bottleneck": nn.Sequential(Bottleneck(6, 4, stride=2), Bottleneck(16, 4)),
+        "inverted": InvertedResidual(6, 6, stride=1, expansion=3),
+        "chain": nn.Sequential(
+            nn.Conv2d(6, 7, 3), nn.BatchNorm2d(7), nn.ReLU6(), nn.Conv2d(7, 2, 1)
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", ["bottleneck", "inverted", "chain"])
+def test_blocks_of_backbones(name: str) -> None:
+    assert_equal(blocks()[name], noise(3, 6, 9, 8))
+
+
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0"])
+def test_the_default_backbone(name: str) -> None:
+    """TensorFlow's padding, depthwise 5x5, ReLU6."""
+    backbone = make_backbone(name, levels=2)
+    assert_equal(FinestAndCoarsest(backbone), noise(2, 3, 32, 32))
+
+
+class FinestAndCoarsest(nn.Module):
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, images: Tensor) -> Tensor:
+        levels = self.backbone(images)
+        return torch.cat([levels[0].flatten(1), levels[-1].flatten(1)], 1)[:, :, None, None]
+
+
+@pytest.mark.parametrize("operation", [o for o in EVERY if o != "zero"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_float32_gradients_of_every_candidate(operation: str, layout: torch.memory_format) -> None:
+    """Over the shapes in use, against float64 on the plain path."""
+    for channels, side in [(32, 32), (64, 16), (128, 8), (256, 4)]:
+        if channels > 64 and operation in ("basic_conv_3x3", "bottle_conv_3x3"):
+            continue  # their dense 3x3 convolutions are torch's, and slow
+        torch.manual_seed(0)
+        plain = build_operation(operation, channels).train()
+        fast = fast_path(copy.deepcopy(plain)).to(memory_format=layout)
+        x = noise(2, channels, side, side)
+        expected = trained(plain.double(), x)
+        # Both see rounded inputs and weights; a wrong kernel is orders off.
+        found = trained_single(fast, x.float().contiguous(memory_format=layout))
+        for key, value in expected.items():
+            if value.is_floating_point():
+                error = float((found[key] - value).norm() / value.norm().clamp(min=1e-6))
+                assert error < 0.02, (key, channels, error)
+
+
+def trained_single(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    images = images.clone().requires_grad_()
+    out = network.train()(images)
+    out.backward(noise(*out.shape, seed=1).float())
+    assert images.grad is not None
+    named = {n: p.grad for n, p in network.named_parameters() if p.grad is not None}
+    return {"output": out.detach(), "images": images.grad, **named, **dict(network.named_buffers())}
+
+
+def test_names_come_and_go_with_nothing_changed() -> None:
+    network = make_supernet().train()
+    names, kinds = list(network.state_dict()), [type(m) for m in network.modules()]
+    assert fast_path(fast_path(network)) is network
+    assert any(isinstance(m, Fast) for m in network.modules())
+    assert list(network.state_dict()) == names
+    assert isinstance(copy.deepcopy(network).parts["upper"].fabric.cells["5_0"], Fast)
+    plain_path(network)
+    assert [type(m) for m in network.modules()] == kinds
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_without_gradients_the_plain_forward_runs(training: bool) -> None:
+    network = make_supernet(operations=PLAIN).train(training)
+    fast = fast_path(copy.deepcopy(network))
+    images = noise(2, 3, 64, 64).float()
+    with torch.no_grad():
+        assert torch.equal(fast(images), network(images))
+    if not training:
+        assert torch.equal(fast(images), network(images))
+
+
+def test_the_first_module_that_is_not_finite_has_its_plain_name() -> None:
+    network = fast_path(make_supernet().train())
+    with torch.no_grad():
+        network.get_submodule("parts.upper.fabric.cells.4_0.sources.2.conv").weight.fill_(torch.nan)
+    assert first_non_finite(network, noise(2, 3, 64, 64).float()) == (
+        "parts.upper.fabric.cells.4_0.sources.2.conv (Conv2d)"
+    )
+
+
+@pytest.mark.parametrize("way", ["first", "second"])
+def test_architecture_steps_of_their_own(way: str) -> None:
+    """The loss with other weights, and its gradients of alpha and beta, leave the same trace."""
+    network = make_supernet(seed=4).double()
+    batches = [
+        PoseBatch(
+            images=noise(2, 3, 64, 64, seed=s),
+            heatmaps=noise(2, 4, 16, 16, seed=s).abs(),
+            weights=torch.ones(2, 4).double(),
+            input_to_image=torch.eye(2, 3).expand(2, 2, 3),
+            index=torch.arange(2),
+        )
+        for s in (1, 2)
+    ]
+    found = []
+    for candidate in (network, fast_path(copy.deepcopy(network))):
+        candidate.train()
+        weights = {
+            n: p for n, p in candidate.named_parameters() if not n.startswith(("alphas", "betas"))
+        }
+        rates = dict.fromkeys(weights, 1e-3)
+        probe = Probe(candidate, loss=LOSSES["cross_entropy"])
+        evidence = Evidence(train=batches[0], held_out=batches[1], rates=rates, loss_of=probe)
+        kept = {n: b.clone() for n, b in candidate.named_buffers()}
+        architecture = list(candidate.arch_parameters().values())
+        if way == "second":
+            # A narrow difference quotient, in which no ReLU switches, of float64.
+            loss, slopes = unrolled_gradients(
+                architecture, weights, evidence, rates=rates, perturbation=1e-4
+            )
+        else:
+            loss = evidence.loss_of(evidence.held_out)
+            slopes = list(torch.autograd.grad(loss, architecture))
+        assert all(torch.equal(b, kept[n]) for n, b in candidate.named_buffers())
+        found.append([loss.detach(), *slopes])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+def test_what_can_be_had_again_is_not_kept() -> None:
+    """A convolution behind a norm and its ReLU keeps the norm's recipe, not its output."""
+    network = fast_path(nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1)))
+    x = noise(2, 8, 6, 6).float().requires_grad_()
+    inner = chain(list(network)[:2], x)
+    assert inner.recipe().equal(inner)  # type: ignore[attr-defined]
+    packed: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
+        network[2](inner)
+    assert not any(tensor.data_ptr() == inner.data_ptr() for tensor in packed)
+    inner.detach().add_(1)
+    changed = network[2](inner)
+    (gradient,) = torch.autograd.grad(changed.sum(), network[2].weight)
+    torch.testing.assert_close(gradient[0, :, 0, 0], inner.detach().sum((0, 2, 3)))
+
+
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            block = fast_path(copy.deepcopy(blocks()["inverted"]).double())
+            found.append(trained(block, noise(5, 6, 9, 8)))
+    finally:
+        torch.set_num_threads(before)
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=0, atol=1e-13)
+
+
+def test_without_a_compiler_the_plain_path_stays_and_says_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(grouped, "load_kernels", lambda: Kernels(None, "no C++ compiler"))
+    network = fast_path(make_supernet())
+    assert not any(isinstance(m, Fast) for m in network.modules())
+    assert "model.path=fast: no C++ compiler" in caplog.text
+
+
+def test_a_chain_of_recipes_keeps_what_it_starts_from() -> None:
+    """Norm, depthwise, pointwise: the product needs its input again, and that one the norm."""
+    layers = nn.Sequential(
+        nn.BatchNorm2d(4), nn.ReLU(), DepthwiseConv2d(4, kernel=3), nn.Conv2d(4, 4, 1, bias=False)
+    )
+    kept: list[Tensor] = []
+    x = noise(2, 4, 6, 6).float().contiguous(memory_format=torch.channels_last).requires_grad_()
+    network = fast_path(layers.train())
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        network(x)
+    maps = {
+        tensor.data_ptr() for tensor in kept if tensor.ndim == 4 and tensor.numel() == x.numel()
+    }
+    assert maps == {x.data_ptr()}
