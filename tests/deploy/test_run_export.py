@@ -27,8 +27,6 @@ from posefabric.run import RunFolder
 from posefabric.structures import PosefabricError
 from posefabric.train.phase import evaluate
 
-# Not yet among the quick tests: with OpenVINO a test of these waited for ever on one core.
-pytestmark = pytest.mark.slow
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
