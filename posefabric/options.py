@@ -178,8 +178,8 @@ class ModelConfig(Section):
     faithful: bool = False
     path: Literal["fast", "plain"] = Field(
         default="fast",
-        description="how a training step is computed: on compiled CPU kernels, or module by module; "
-        "equal up to rounding",
+        description="how a training step is computed: on compiled CPU kernels, or module by "
+        "module; equal up to rounding",
     )
     frozen_stem: bool = Field(
         default=False, description="freeze the backbone up to stride 4: a third less time a step"

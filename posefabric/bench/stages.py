@@ -13,7 +13,6 @@ from torch import nn
 from posefabric.bench.fresh import Gate
 from posefabric.bench.roofline import ConvolutionCounter
 from posefabric.bench.timing import Clock, Rounds
-from posefabric.bench.training import as_trained
 from posefabric.config import Config
 from posefabric.data.pipeline import TrainingData
 from posefabric.models.build import build_supernet
@@ -21,6 +20,7 @@ from posefabric.search.run_search import STRATEGIES
 from posefabric.train.loss import LOSSES
 from posefabric.train.memory import keep_freed_memory
 from posefabric.train.optim import make_optimiser, weight_groups
+from posefabric.train.phase import choose_path
 from posefabric.train.precision import resolve_precision
 
 # Adam reads weight, gradient and both moments, and writes all but the gradient, 4 bytes each.
@@ -110,7 +110,7 @@ def stage_rounds(gate: Gate, *, config: Config, batch: int, device: str, plan: R
     step = StagedStep(config, batch=batch, device=torch.device(device))
     # On the plain path: a fused kernel does the same work, but does not show it to torch.
     flops = count_stages(step)
-    as_trained(step.network, config, step.device)
+    choose_path(step.network, config, step.device)
     while gate.turn():
         seconds = time_stages(step, plan)
         moved = sum(p.numel() for g in step.optimiser.param_groups for p in g["params"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import tempfile
 import time
 from collections.abc import Callable
@@ -120,22 +119,6 @@ def yardstick_steps(gate: Gate, *, config: Config, batch: int, device: str) -> N
     growth = Growth(place)
     step = released_steps(config, training_batch(config, batch, place), place)
     answer_turns(gate, lambda: (step(), growth.bytes()))
-
-
-def as_trained(network: PoseNetwork, config: Config, device: torch.device) -> None:
-    """What a training does to a network before its loop, for steps that are taken apart here.
-
-    Where the package has ``model.path``, the path it names (see train/phase.py).
-    """
-    if has_fast_path(config) and getattr(config.model, "path", None) == "fast":
-        grouped = importlib.import_module("posefabric.models.grouped")
-        if device.type == "cpu":
-            grouped.fast_path(network)
-
-
-def has_fast_path(config: Config) -> bool:
-    """Whether this package knows a fast path beside the plain one."""
-    return "path" in type(config.model).model_fields
 
 
 def on_plain_path(config: Config) -> Config:

@@ -15,7 +15,6 @@ import torch
 
 from posefabric.bench.fresh import Gate
 from posefabric.bench.memory import private_bytes
-from posefabric.bench.training import as_trained
 from posefabric.config import Config
 from posefabric.data.loaders import CropLoader
 from posefabric.data.pipeline import TRAINING_MARGIN, TrainingData, make_geometry, open_dataset
@@ -25,6 +24,7 @@ from posefabric.search.run_search import STRATEGIES
 from posefabric.structures import CropBatch, PersonDataset, PoseBatch, PosefabricError
 from posefabric.train.loop import Trainer
 from posefabric.train.memory import keep_freed_memory
+from posefabric.train.phase import choose_path
 
 PREFETCHED = 2  # batches that each of torch's workers reads ahead
 QUARTERS = 4
@@ -81,7 +81,7 @@ def loader_waits(
     keep_freed_memory()
     first = next(iter(configs.values()))
     network = build_supernet(first)
-    as_trained(network, first, place)
+    choose_path(network, first, place)
     for config in configs.values():
         if not gate.turn():
             return

@@ -293,13 +293,13 @@ def _is_known_depthwise(conv: nn.Conv2d) -> bool:
 def _window(conv: Any, x: Tensor) -> Window:
     kernel, stride, dilation = conv.kernel_size[0], conv.stride[0], conv.dilation[0]
     import_timm()
-    from timm.layers import Conv2dSame
+    from timm.layers.conv2d_same import Conv2dSame
 
     if isinstance(conv, Conv2dSame):
-        sides = [_same(size, kernel, stride, dilation) for size in x.shape[-2:]]
+        rows, columns = (_same(size, kernel, stride, dilation) for size in x.shape[-2:])
     else:
-        sides = [(side, side) for side in conv.padding]
-    return Window(kernel, stride, dilation, (*sides[0], *sides[1]))
+        rows, columns = ((side, side) for side in conv.padding)
+    return Window(kernel, stride, dilation, (*rows, *columns))
 
 
 def _same(size: int, kernel: int, stride: int, dilation: int) -> tuple[int, int]:

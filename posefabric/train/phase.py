@@ -56,10 +56,7 @@ def train_phase(
     gc.collect()
     gc.freeze()
     device = choose_device(config.device)
-    # Norms over several processes' statistics are computed module by module.
-    synchronised = config.sync_norms and place().ranks > 1
-    if config.model.path == "fast" and device.type == "cpu" and not synchronised:
-        fast_path(network)
+    choose_path(network, config, device)
     validation = open_dataset(config.data, "val") if validation is None else validation
     data, held_out = TrainingData.open_split(
         config,
@@ -121,6 +118,16 @@ def train_phase(
     )
     run.set_state("finished", train_seconds=trainer.seconds)
     return result
+
+
+def choose_path(network: PoseNetwork, config: Config, device: torch.device) -> None:
+    """Switch a network to the path that ``model.path`` names, where the device has it.
+
+    Norms over several processes' statistics are computed module by module.
+    """
+    synchronised = config.sync_norms and place().ranks > 1
+    if config.model.path == "fast" and device.type == "cpu" and not synchronised:
+        fast_path(network)
 
 
 def _check_loss(network: PoseNetwork, optim: OptimConfig, phase: str) -> None:

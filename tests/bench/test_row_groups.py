@@ -29,9 +29,8 @@ MODULES = (group_steps, group_inference, group_loader, group_evaluation, group_s
 
 @pytest.fixture
 def canned(monkeypatch) -> type[CannedProcess]:
-    """All processes answer from a table; no GPU, no fast path."""
+    """All processes answer from a table; no GPU."""
     monkeypatch.setattr(context.torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(group_steps, "has_fast_path", lambda config: False)
 
     def once(target, **options):
         return CannedProcess(target, **options).ask()
@@ -71,10 +70,11 @@ def missing(lines) -> dict[str, str]:
 
 def test_search_step_and_memory(canned, tmp_path) -> None:
     lines = list(group_steps.search_step(make_bench(tmp_path)))
-    assert measured(lines) == {"search_step.tiny": 3.0}
+    assert measured(lines) == {"search_step.tiny": 3.0, "search_step.tiny.plain_path": 3.0}
     assert missing(lines) == {"search_step.tiny.gpu": context.NO_GPU}
-    ours, theirs = (options["config"] for _, _, options in canned.made)
+    ours, theirs, plain = (options["config"] for _, _, options in canned.made)
     assert ours == theirs and ours.model.faithful is False
+    assert (ours.model.path, plain.model.path) == ("fast", "plain")
     canned.made.clear()
     lines = list(group_steps.peak_memory(make_bench(tmp_path)))
     assert measured(lines) == {"memory.tiny": 0.3}
@@ -85,19 +85,12 @@ def test_search_step_and_memory(canned, tmp_path) -> None:
     ]
 
 
-def test_a_fast_path_has_the_plain_one_beside_it(canned, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(group_steps, "has_fast_path", lambda config: True)
-    lines = list(group_steps.search_step(make_bench(tmp_path)))
-    assert measured(lines) == {"search_step.tiny": 3.0, "search_step.tiny.plain_path": 3.0}
-    paths = [getattr(options["config"].model, "path", None) for _, _, options in canned.made]
-    assert paths[-1] == "plain" and "plain" not in paths[:-1]
-
-
 def test_a_gpu_has_rows_of_its_own(canned, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(context.torch.cuda, "is_available", lambda: True)
     lines = list(group_steps.search_step(make_bench(tmp_path)))
-    assert list(measured(lines)) == ["search_step.tiny", "search_step.tiny.gpu"]
-    assert [options["device"] for _, _, options in canned.made] == ["cpu"] * 2 + ["cuda"] * 2
+    names = ["search_step.tiny", "search_step.tiny.plain_path", "search_step.tiny.gpu"]
+    assert list(measured(lines)) == names
+    assert [options["device"] for _, _, options in canned.made] == ["cpu"] * 3 + ["cuda"] * 2
 
 
 def test_inference_and_peers_in_eager(canned, tmp_path) -> None:

@@ -12,18 +12,18 @@ from posefabric.bench import training
 from posefabric.bench.training import (
     Enough,
     PacedStrategy,
-    as_trained,
-    has_fast_path,
     on_plain_path,
     own_steps,
     training_batch,
     yardstick_steps,
 )
 from posefabric.models.build import build_supernet
-from posefabric.train.phase import train_phase
+from posefabric.models.grouped import Fast
+from posefabric.train.phase import choose_path, train_phase
 from posefabric.train.strategy import Strategy
 
 CPU = torch.device("cpu")
+CUDA = torch.device("cuda")
 
 
 def test_only_what_lies_between_schedule_and_readings_counts() -> None:
@@ -97,23 +97,10 @@ def test_the_batch_is_prepared_as_for_training() -> None:
     assert batch.images.shape == (3, 3, 64, 64) and batch.heatmaps.shape == (3, 17, 16, 16)
 
 
-def test_the_path_is_the_one_that_a_training_takes(monkeypatch) -> None:
+def test_the_path_is_the_one_that_a_training_takes() -> None:
     config = TINY.config()
-    switched: list[Any] = []
-
-    class Grouped:
-        fast_path = staticmethod(switched.append)
-
-    monkeypatch.setattr(training, "has_fast_path", lambda config: True)
-    monkeypatch.setattr(training.importlib, "import_module", lambda name: Grouped)
-    network: Any = object()
-    model = config.model.model_copy(update={"path": "fast"})
-    fast = config.model_copy(update={"model": model})
-    as_trained(network, fast, CPU)
-    assert switched == [network]
-    as_trained(network, on_plain_path(fast), CPU)
-    as_trained(network, fast, torch.device("cuda"))
-    assert switched == [network]
-    monkeypatch.undo()
-    as_trained(build_supernet(config), config, CPU)
-    assert has_fast_path(config) == ("path" in type(config.model).model_fields)
+    for wanted, device in ((config, CPU), (on_plain_path(config), CPU), (config, CUDA)):
+        network = build_supernet(wanted)
+        choose_path(network, wanted, device)
+        fast = any(isinstance(module, Fast) for module in network.modules())
+        assert fast == (wanted is config and device is CPU)

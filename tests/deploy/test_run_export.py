@@ -27,7 +27,6 @@ from posefabric.run import RunFolder
 from posefabric.structures import PosefabricError
 from posefabric.train.phase import evaluate
 
-
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
