@@ -296,10 +296,11 @@ def _window(conv: Any, x: Tensor) -> Window:
     from timm.layers.conv2d_same import Conv2dSame
 
     if isinstance(conv, Conv2dSame):
-        rows, columns = (_same(size, kernel, stride, dilation) for size in x.shape[-2:])
+        top, bottom = _same(x.shape[-2], kernel, stride, dilation)
+        left, right = _same(x.shape[-1], kernel, stride, dilation)
     else:
-        rows, columns = ((side, side) for side in conv.padding)
-    return Window(kernel, stride, dilation, (*rows, *columns))
+        (top, left), (bottom, right) = conv.padding, conv.padding
+    return Window(kernel, stride, dilation, (top, bottom, left, right))
 
 
 def _same(size: int, kernel: int, stride: int, dilation: int) -> tuple[int, int]:

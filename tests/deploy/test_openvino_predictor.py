@@ -20,9 +20,6 @@ from posefabric.deploy.openvino_predictor import OpenvinoPoseEstimator, has_bf16
 from posefabric.deploy.quantize import RECIPES, quantize_int8
 from posefabric.structures import PosefabricError
 
-# Not yet among the quick tests: int8 in OpenVINO agrees on some processors only.
-pytestmark = pytest.mark.slow
-
 openvino = pytest.importorskip("openvino", reason="needs the extra: posefabric[openvino]")
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
