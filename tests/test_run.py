@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -339,6 +340,8 @@ def test_tensorboard_gets_the_numbers_of_the_resumed_series(tmp_path, board):
     for step in range(1, 7):
         run.log({"step": step, "phase": "search", "loss": float(step), "note": "x", "ok": True})
     run.rewind(3, phase="search")
+    # Event files are read in the order of their names, which begin with the second.
+    time.sleep(1.1)
     for step in range(4, 6):
         run.log({"step": step, "phase": "search", "loss": 10.0 + step})
     run.set_state("finished")
