@@ -16,6 +16,7 @@ from posefabric.bench.released import ReleasedForEvaluation, released_network
 from posefabric.bench.timing import Arm, Rounds, interleaved, stopwatch
 from posefabric.config import Config
 from posefabric.data.pipeline import make_codec, make_geometry, open_dataset
+from posefabric.deploy.openvino_predictor import openvino_core
 from posefabric.evaluate.runner import predict_dataset
 from posefabric.models.build import build_baseline, build_supernet
 from posefabric.models.network import PoseNetwork
@@ -128,11 +129,8 @@ def _onnxruntime(path: Path, threads: int) -> Callable[[np.ndarray], Any]:
 
 
 def _openvino(path: Path, threads: int) -> Callable[[np.ndarray], Any]:
-    import openvino  # type: ignore[import-not-found]
-
-    core = openvino.Core()
     settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-    request = core.compile_model(str(path), "CPU", settings).create_infer_request()
+    request = openvino_core().compile_model(str(path), "CPU", settings).create_infer_request()
     return lambda crops: request.infer({"images": crops})
 
 

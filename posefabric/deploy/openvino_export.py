@@ -7,7 +7,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from posefabric.deploy.openvino_predictor import METADATA, has_bf16, require_openvino
+from posefabric.deploy.openvino_predictor import (
+    METADATA,
+    has_bf16,
+    openvino_core,
+    require_openvino,
+)
 from posefabric.run import write_atomic
 from posefabric.structures import PosefabricError
 
@@ -20,8 +25,7 @@ def convert(model: bytes, path: Path, *, metadata: dict[str, Any]) -> Path:
 
     Raises PosefabricError when openvino is missing, or cannot read the graph.
     """
-    openvino = require_openvino()
-    core = openvino.Core()
+    openvino, core = require_openvino(), openvino_core()
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "model.onnx"
         source.write_bytes(model)
@@ -46,11 +50,10 @@ def require_bf16() -> None:
 
     Without the arithmetic it computes in fp32, and a loss measured so would be none.
     """
-    openvino = require_openvino()
-    core = openvino.Core()
-    if not has_bf16(core):
+    if not has_bf16():
+        name = openvino_core().get_property("CPU", "FULL_DEVICE_NAME")
         raise PosefabricError(
-            f"--quantize bf16: this CPU ({core.get_property('CPU', 'FULL_DEVICE_NAME')}) has no "
+            f"--quantize bf16: this CPU ({name}) has no "
             "bf16 arithmetic: openvino would compute in fp32, and the loss could not be measured; "
             "export on a CPU with AVX-512 BF16, AMX or Arm's bf16, or take --quantize int8"
         )

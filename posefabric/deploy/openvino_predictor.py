@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -59,7 +60,7 @@ class OpenvinoSession:
                     f"{file}: no such file; `posefabric export RUN --openvino` writes the .xml "
                     "and the .bin, which stay together"
                 )
-        core = openvino.Core()
+        core = openvino_core()
         try:
             model = core.read_model(self.path)
         # Its errors have no common base class but Exception.
@@ -71,7 +72,7 @@ class OpenvinoSession:
         self.metadata = _read_metadata(model, self.path)
         self.outputs = tuple(self.metadata["outputs"])
         wanted = self.metadata.get("precision", "fp32")
-        if wanted == "bf16" and not has_bf16(core):
+        if wanted == "bf16" and not has_bf16():
             _log.warning(
                 "%s: exported for bf16, which this CPU has not; openvino computes in fp32",
                 self.path,
@@ -79,7 +80,7 @@ class OpenvinoSession:
         options: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
             # Said outright: left alone, openvino takes bf16 wherever the CPU has it.
-            "INFERENCE_PRECISION_HINT": "bf16" if wanted == "bf16" and has_bf16(core) else "f32",
+            "INFERENCE_PRECISION_HINT": "bf16" if wanted == "bf16" and has_bf16() else "f32",
         }
         if threads is not None:
             options["INFERENCE_NUM_THREADS"] = threads
@@ -101,9 +102,20 @@ def require_openvino() -> Any:
     return openvino
 
 
-def has_bf16(core: Any) -> bool:
+@functools.cache
+def openvino_core() -> Any:
+    """The process's one ``openvino.Core``, which is never freed.
+
+    Each one's CPU plugin exchanges the stack that signals are handled on, and restores at its end
+    what it found: two that end in another order than they began leave freed memory there, and the
+    next signal, Ctrl-C or a child's end, kills the process (seen with 2026.4).
+    """
+    return require_openvino().Core()
+
+
+def has_bf16() -> bool:
     """Whether openvino computes in bf16 on this CPU (AVX-512 BF16, AMX)."""
-    return "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def _read_metadata(model: Any, path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from tiny_network import FOUR, TinyNetwork, blobs, tiny_config
 from posefabric.deploy.export import export_onnx
 from posefabric.deploy.onnx_graph import get_metadata
 from posefabric.deploy.openvino_export import convert, require_bf16
-from posefabric.deploy.openvino_predictor import OpenvinoPoseEstimator, has_bf16
+from posefabric.deploy.openvino_predictor import OpenvinoPoseEstimator, has_bf16, openvino_core
 from posefabric.deploy.quantize import RECIPES, quantize_int8
 from posefabric.structures import PosefabricError
 
@@ -85,7 +85,7 @@ def test_bf16_asked_of_a_cpu_without_it_is_said(files, caplog) -> None:
     crops = np.stack([blobs(seed, 96, 64) for seed in range(2)])
     exact = OpenvinoPoseEstimator(files["decoded"], threads=1).score_maps(crops)
     difference = np.abs(estimator.score_maps(crops) - exact).max()
-    if has_bf16(openvino.Core()):
+    if has_bf16():
         assert not caplog.records and 0 < difference < 0.1 * exact.max()
         require_bf16()
         return
@@ -117,7 +117,7 @@ def test_files_that_are_none_of_ours_are_refused(files, tmp_path: Path) -> None:
         (tmp_path / f"{name}.bin").write_bytes(weights.read_bytes())
         with pytest.raises(PosefabricError, match=message):
             OpenvinoPoseEstimator(tmp_path / f"{name}.xml")
-    model = openvino.Core().read_model(files["decoded"].with_suffix(".onnx"))
+    model = openvino_core().read_model(files["decoded"].with_suffix(".onnx"))
     openvino.save_model(model, tmp_path / "foreign.xml")
     with pytest.raises(PosefabricError, match=r"foreign\.xml: an OpenVINO model, but not one of"):
         OpenvinoPoseEstimator(tmp_path / "foreign.xml")
@@ -164,3 +164,22 @@ def test_it_runs_where_torch_is_not_installed(files, tmp_path: Path) -> None:
         np.testing.assert_allclose(np.load(tmp_path / f"{flip}.npy"), expected, atol=0.05)
     (result,) = json.loads((tmp_path / "predictions.json").read_text())
     assert len(result["keypoints"]) == 12
+
+
+SIGNALLED = """
+import faulthandler, os, signal, sys
+faulthandler.enable()
+from posefabric.deploy.openvino_predictor import OpenvinoPoseEstimator
+first, second = (OpenvinoPoseEstimator(sys.argv[1], threads=1) for _ in range(2))
+del first
+del second
+signal.signal(signal.SIGUSR1, lambda number, frame: print("handled"))
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+def test_signals_are_handled_after_files_were_closed_in_any_order(files) -> None:
+    """A training in the same process is stopped by a signal, and told by one of its workers."""
+    line = [sys.executable, "-c", SIGNALLED, str(files["decoded"])]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
