@@ -333,6 +333,11 @@ class DeriveConfig(Section):
     budget: str | None = Field(
         default=None, description="macs=0.3G or params=2M; none: search.budget"
     )
+    gap_persons: int = Field(
+        default=100,
+        ge=0,
+        description="validation persons that each step's loss of accuracy is measured on; 0: none",
+    )
     finetune: bool = False
 
     @field_validator("budget")

@@ -10,6 +10,7 @@ from posefabric.budget import Budget
 from posefabric.derive.discretize import discretize
 from posefabric.derive.fit_budget import fit_budget, whole_cost
 from posefabric.derive.fold import fold
+from posefabric.derive.gap import make_measure
 from posefabric.derive.prune import prune
 from posefabric.derive.transfer import transfer_weights
 from posefabric.models.build import load_network
@@ -37,11 +38,13 @@ def derive(run: RunFolder, child: RunFolder) -> tuple[CompactNetwork, dict[str, 
     """Derive a compact network from the mixture of ``run`` into the folder ``child``.
 
     Writes architecture.json, the weights (not folded, so that they can be trained on), and
-    derivation.json: what each step kept and how far outputs moved, largest difference over
-    largest value on seeded noise. Returns the network and that record.
+    derivation.json: what each step kept, how far outputs moved (largest difference over largest
+    value on seeded noise) and what accuracy was left with inherited weights (``accuracy``: see
+    gap.py). Returns the network and that record.
     """
     config = child.config
     check_derivable(run)
+    measure = make_measure(config)
     mixture = load_network(run)
     if not isinstance(mixture, Supernet):
         raise PosefabricError(
@@ -56,6 +59,9 @@ def derive(run: RunFolder, child: RunFolder) -> tuple[CompactNetwork, dict[str, 
     with torch.no_grad():
         expected = mixture.eval()(images)
         differences = {"prune": _difference(compact(images), expected)}
+    accuracy: dict[str, dict[str, float]] = {}
+    if measure is not None:
+        accuracy = {"mixture": measure(mixture), "prune": measure(compact)}
     graph = pruned
     steps = {"mixture": count_choices(whole), "prune": count_choices(pruned)}
     settings = config.derive
@@ -79,12 +85,18 @@ def derive(run: RunFolder, child: RunFolder) -> tuple[CompactNetwork, dict[str, 
         compact = _built(graph, mixture)
         with torch.no_grad():
             differences["discretize"] = _difference(compact(images), expected)
+        if measure is not None:
+            accuracy["discretize"] = measure(compact)
+    folded = fold(compact)
     with torch.no_grad():
-        differences["fold"] = _difference(fold(compact)(images), compact(images))
+        differences["fold"] = _difference(folded(images), compact(images))
+    if measure is not None:
+        accuracy["fold"] = measure(folded)
     cost = whole_cost(graph)
     record = {
         "steps": steps,
         "differences": differences,
+        "accuracy": accuracy,
         "parent": run.path.name,
         "macs": cost.macs,
         "params": cost.params,

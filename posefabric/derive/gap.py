@@ -1,0 +1,63 @@
+"""What each step of a derivation costs in accuracy, with inherited weights, before any training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from posefabric.config import Config
+from posefabric.data.pipeline import open_dataset
+from posefabric.models.build import choose_device
+from posefabric.models.network import PoseNetwork
+from posefabric.structures import PersonDataset
+from posefabric.train.phase import evaluate, headline
+
+Measure = Callable[[PoseNetwork], dict[str, float]]
+
+
+def make_measure(config: Config) -> Measure | None:
+    """Measures networks on the same ``derive.gap_persons`` validation persons, without flip test.
+
+    The persons are spread evenly over the split. Returns a function from a network to its
+    headline figures (PCK, PCKh, AP: shares of 1); None where no persons are asked for, or the
+    run names no data (one made from a released checkpoint). Raises what opening the data raises.
+    """
+    count = config.derive.gap_persons
+    if count == 0 or (config.data.format != "synthetic" and config.data.root is None):
+        return None
+    dataset = spread(open_dataset(config.data, "val", evaluating=True), count)
+    device = choose_device(config.device)
+
+    def measure(network: PoseNetwork) -> dict[str, float]:
+        network.to(device)
+        found = evaluate(network, config, dataset, device=device, flip=False)
+        network.to("cpu")
+        return headline(found)
+
+    return measure
+
+
+def spread(dataset: PersonDataset, count: int) -> PersonDataset:
+    """``count`` persons of a data set, evenly spread; all of one that has no more."""
+    total = len(dataset.persons)
+    rows = np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int))
+    return replace(
+        dataset,
+        persons=[dataset.persons[row] for row in rows],
+        headboxes=None if dataset.headboxes is None else dataset.headboxes[rows],
+        # OKS is measured on these persons alone.
+        annotations_path=None,
+        groups=None,
+    )
+
+
+def gaps(accuracy: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Points (of 100) that each step after the mixture lies below it, by measure."""
+    whole = accuracy["mixture"]
+    return {
+        step: {name: 100 * (whole[name] - value) for name, value in found.items()}
+        for step, found in accuracy.items()
+        if step != "mixture"
+    }
