@@ -121,12 +121,8 @@ def train_phase(
 
 
 def choose_path(network: PoseNetwork, config: Config, device: torch.device) -> None:
-    """Switch a network to the path that ``model.path`` names, where the device has it.
-
-    Norms over several processes' statistics are computed module by module.
-    """
-    synchronised = config.sync_norms and place().ranks > 1
-    if config.model.path == "fast" and device.type == "cpu" and not synchronised:
+    """Switch a network to the path that ``model.path`` names, where the device has it."""
+    if config.model.path == "fast" and device.type == "cpu":
         fast_path(network)
 
 
