@@ -31,7 +31,7 @@ PATH = Path(__file__).resolve().with_name("configuration.md")
 INTRODUCTION = """\
 # Every option
 
-<!-- Written by docs/build_configuration.py; change posefabric/options.py and run `make docs`. -->
+<!-- Written by docs/build_configuration.py; change posefabric/options*.py and run `make docs`. -->
 
 A configuration is the defaults below, then a YAML file (or the name of a shipped one; a file that
 has `extends: FILE` comes after that one), then

@@ -69,7 +69,7 @@ def derive(
         Train the compact network on, as `posefabric train` would.
     """
     from posefabric.config import with_overrides
-    from posefabric.derive.gap import gaps
+    from posefabric.derive.gap import gap_lines
     from posefabric.derive.run_derive import check_derivable
     from posefabric.derive.run_derive import derive as run_derive
     from posefabric.run import RunFolder
@@ -90,9 +90,8 @@ def derive(
         say(f"{step:>10}: " + ", ".join(f"{v} {k}" for k, v in counts.items()))
     for step, value in record["differences"].items():
         say(f"{step:>10}: outputs moved by {value:.2e} of the largest")
-    for step, found in (gaps(record["accuracy"]) if record["accuracy"] else {}).items():
-        said = ", ".join(f"{points:+.2f} points of {name}" for name, points in found.items())
-        say(f"{step:>10}: below the mixture, untrained: {said}")
+    for line in gap_lines(record["accuracy"]):
+        say(line)
     say(
         f"derived: {path}: {record['macs'] / 1e6:.1f} M multiply-adds, "
         f"{record['params'] / 1e6:.2f} M parameters"

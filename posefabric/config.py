@@ -12,16 +12,14 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from posefabric.options import (
-    AUGMENTATIONS,
-    AugmentConfig,
-    DataConfig,
     DeriveConfig,
     EvaluationConfig,
     ModelConfig,
     OptimConfig,
     SearchConfig,
-    Section,
 )
+from posefabric.options_data import AUGMENTATIONS, AugmentConfig, DataConfig
+from posefabric.section import Section
 from posefabric.structures import PosefabricError
 
 __all__ = [

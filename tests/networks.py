@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from posefabric import cli
 from posefabric.models.backbones import make_backbone
@@ -16,6 +16,11 @@ from posefabric.space.operations import OPERATIONS
 
 PLAIN = ("zero", "skip", "sep_conv_3x3", "dil_conv_3x3")
 EVERY = tuple(OPERATIONS)
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    """Seeded and normal, in float64."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).double()
 
 
 def shake(network: nn.Module, seed: int) -> None:

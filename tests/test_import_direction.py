@@ -18,7 +18,8 @@ ROOT = Path(posefabric.__file__).parent
 # each other.
 ORDER: tuple[tuple[str, ...], ...] = (
     ("structures", "budget"),
-    ("options",),
+    ("section",),
+    ("options", "options_data"),
     ("config",),
     ("run", "distributed", "skeletons"),
     ("data", "space"),

@@ -31,6 +31,11 @@ Split = Literal["train", "val", "test"]
 TRAINING_MARGIN = 1.5
 
 
+def has_data(config: DataConfig) -> bool:
+    """False where no data is named, as in a run made from a released checkpoint."""
+    return config.format == "synthetic" or config.root is not None
+
+
 def open_dataset(
     config: DataConfig, split: Split, *, boxes: str | None = None, evaluating: bool = False
 ) -> PersonDataset:

@@ -14,6 +14,7 @@ from posefabric.deploy.prediction_files import predict_files
 from posefabric.deploy.predictor import PoseEstimator
 from posefabric.deploy.run_export import export_run
 from posefabric.deploy.run_report import build_report, measure, stages, summary_table
+from posefabric.derive.gap import gap_lines
 from posefabric.derive.run_derive import derive, finetune
 from posefabric.run import RunFolder
 from posefabric.search.run_search import search
@@ -51,6 +52,8 @@ def run_demo(
         _, record = derive(run, children["derive"])
         for step, counts in record["steps"].items():
             say(f"   {step}: " + ", ".join(f"{value} {name}" for name, value in counts.items()))
+        for line in gap_lines(record["accuracy"]):
+            say(f"   {line}")
     if "train" not in children or children["train"].state != "finished":
         say("3. Fine-tune: the compact network trains on")
         if "train" not in children:

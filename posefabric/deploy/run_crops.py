@@ -10,11 +10,6 @@ from posefabric.data.pipeline import Split, make_geometry, open_dataset
 from posefabric.structures import DataError, PosefabricError
 
 
-def has_data(config: Config) -> bool:
-    """False for a run that names no data, as one made from a released checkpoint."""
-    return config.data.format == "synthetic" or config.data.root is not None
-
-
 def person_crops(config: Config, split: Split, count: int, *, seed: int | None) -> np.ndarray:
     """(N, H, W, 3) uint8 RGB inputs of the first readable persons, at most ``count``.
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from posefabric.data.pipeline import open_dataset
+from posefabric.data.pipeline import has_data, open_dataset
 from posefabric.deploy.export import export_onnx, require_export
 from posefabric.deploy.export_check import check_crops, differences, require_same, run_torch
 from posefabric.deploy.export_table import Variant, export_table
@@ -23,7 +23,7 @@ from posefabric.deploy.onnx_predictor import OnnxPoseEstimator
 from posefabric.deploy.openvino_export import convert, require_bf16
 from posefabric.deploy.openvino_predictor import OpenvinoPoseEstimator, require_openvino
 from posefabric.deploy.quantize import choose_int8
-from posefabric.deploy.run_crops import has_data, person_crops
+from posefabric.deploy.run_crops import person_crops
 from posefabric.deploy.run_report import shipped_network
 from posefabric.run import RunFolder, write_atomic
 from posefabric.run.files import json_bytes
@@ -95,7 +95,7 @@ def export_run(
     config = run.config
     _check_request(run, quantize=quantize, openvino=openvino, measure=measure, max_loss=max_loss)
     network = shipped_network(run)
-    data = has_data(config)
+    data = has_data(config.data)
     crops = person_crops(config, "val", CHECKED_PERSONS, seed=None) if data else None
     check = export_onnx(
         network,
@@ -176,7 +176,7 @@ def _check_request(
             f"--quantize {quantize}: a quantised file is only written with its loss measured; "
             "leave out --no-measure"
         )
-    if not has_data(run.config):
+    if not has_data(run.config.data):
         raise PosefabricError(
             f"{run.path}: --quantize {quantize} needs training pictures to calibrate on and "
             "validation pictures to measure the loss on, and this run names no data; give it: "

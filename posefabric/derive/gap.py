@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from posefabric.config import Config
-from posefabric.data.pipeline import open_dataset
+from posefabric.data.pipeline import has_data, open_dataset
 from posefabric.models.build import choose_device
 from posefabric.models.network import PoseNetwork
 from posefabric.structures import PersonDataset
@@ -25,7 +25,7 @@ def make_measure(config: Config) -> Measure | None:
     run names no data (one made from a released checkpoint). Raises what opening the data raises.
     """
     count = config.derive.gap_persons
-    if count == 0 or (config.data.format != "synthetic" and config.data.root is None):
+    if count == 0 or not has_data(config.data):
         return None
     dataset = spread(open_dataset(config.data, "val", evaluating=True), count)
     device = choose_device(config.device)
@@ -61,3 +61,12 @@ def gaps(accuracy: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
         for step, found in accuracy.items()
         if step != "mixture"
     }
+
+
+def gap_lines(accuracy: dict[str, dict[str, float]]) -> list[str]:
+    """What a derivation's record says of its accuracy, for the terminal; none if not measured."""
+    return [
+        f"{step}: below the mixture, untrained: "
+        + ", ".join(f"{points:+.2f} points of {name}" for name, points in found.items())
+        for step, found in (gaps(accuracy) if accuracy else {}).items()
+    ]

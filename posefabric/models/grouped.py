@@ -88,14 +88,13 @@ class FastConv(Fast):
         return recomputing(layer.forward, input)
 
 
-class FastPointwise(Fast):
-    """A 1x1 convolution of every pixel."""
+class FastPointwise(FastConv):
+    """A 1x1 convolution of every pixel, as a matrix product where that pays."""
 
     def forward(self, input: Tensor) -> Tensor:
         module: Any = self
-        if not _fits(module, input):
-            layer: Any = super()
-            return layer.forward(input)
+        if not (_fits(module, input) and _pays_as_product(module, input)):
+            return super().forward(input)
         return recomputing(lambda x: pointwise(x, module.weight, module.bias), input)
 
 
@@ -277,6 +276,12 @@ def _fits(conv: Any, x: Tensor) -> bool:
 def _is_pointwise(conv: nn.Conv2d) -> bool:
     one = all(set(v) == {1} for v in (conv.kernel_size, conv.stride))
     return one and conv.groups == 1 and not isinstance(conv.padding, str) and not any(conv.padding)
+
+
+def _pays_as_product(conv: Any, x: Tensor) -> bool:
+    """Wide convolutions of large maps are faster as PyTorch has them (docs/performance.md)."""
+    narrow = max(conv.in_channels, conv.out_channels) <= 128
+    return narrow or x.numel() // x.shape[1] <= 4096
 
 
 def _is_known_depthwise(conv: nn.Conv2d) -> bool:

@@ -28,6 +28,16 @@ template <class V, class R> static inline void store(R* p, V v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
+// Sums of U vectors of channels, on in double.
+template <class R, class V, int U> static inline void add_lanes(const V* found, double* sums) {
+  const Int lanes = sizeof(V) / sizeof(R);
+  for (int u = 0; u < U; ++u) {
+    R own[sizeof(V) / sizeof(R)];
+    store<V>(own, found[u]);
+    for (Int i = 0; i < lanes; ++i) sums[u * lanes + i] += own[i];
+  }
+}
+
 // Calls f.run<V, U>(c) for channel blocks of U vectors, of one vector, of one channel.
 template <class R, int U, class F> static inline void channel_blocks(Int from, Int to, F& f) {
   typedef typename Lanes<R>::type V;
@@ -218,15 +228,8 @@ template <class R> struct Moments {
         s[u] += d;
         q[u] += d * d;
       }
-    R found[2][U * sizeof(V) / sizeof(R)];
-    for (int u = 0; u < U; ++u) {
-      store<V>(found[0] + u * lanes, s[u]);
-      store<V>(found[1] + u * lanes, q[u]);
-    }
-    for (Int i = 0; i < U * lanes; ++i) {
-      sum[c + i] += found[0][i];
-      square[c + i] += found[1][i];
-    }
+    add_lanes<R, V, U>(s, sum + c);
+    add_lanes<R, V, U>(q, square + c);
   }
 };
 
@@ -361,15 +364,8 @@ template <class R, int ACT, bool NORMED> struct Reduce {
         s[u] += g;
         q[u] += g * value;
       }
-    R found[2][U * sizeof(V) / sizeof(R)];
-    for (int u = 0; u < U; ++u) {
-      store<V>(found[0] + u * lanes, s[u]);
-      store<V>(found[1] + u * lanes, q[u]);
-    }
-    for (Int i = 0; i < U * lanes; ++i) {
-      sum[c + i] += found[0][i];
-      product[c + i] += found[1][i];
-    }
+    add_lanes<R, V, U>(s, sum + c);
+    add_lanes<R, V, U>(q, product + c);
   }
 };
 

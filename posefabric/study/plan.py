@@ -15,8 +15,8 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from posefabric.config import Config, check_trainable, load_config
-from posefabric.options import Section
 from posefabric.run.resume import computed_options
+from posefabric.section import Section
 from posefabric.skeletons import load_skeleton
 from posefabric.structures import PosefabricError
 

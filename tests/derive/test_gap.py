@@ -13,7 +13,7 @@ from trainings import make_config
 from posefabric.config import Config
 from posefabric.data.pipeline import open_dataset
 from posefabric.data.synthetic import synthetic_people
-from posefabric.derive.gap import gaps, make_measure, spread
+from posefabric.derive.gap import gap_lines, gaps, make_measure, spread
 from posefabric.derive.run_derive import derive
 from posefabric.models.build import build_supernet, load_network
 from posefabric.models.weights import save_weights
@@ -80,11 +80,13 @@ def test_nothing_is_measured_without_persons_or_data(run: RunFolder, tmp_path: P
 def test_points_below_the_mixture() -> None:
     accuracy = {"mixture": {"PCK": 0.5, "AP": 0.25}, "fold": {"PCK": 0.47, "AP": 0.26}}
     assert gaps(accuracy) == {"fold": pytest.approx({"PCK": 3.0, "AP": -1.0})}
+    said = "fold: below the mixture, untrained: +3.00 points of PCK, -1.00 points of AP"
+    assert gap_lines(accuracy) == [said] and gap_lines({}) == []
 
 
 def test_the_command_says_it(run: RunFolder, monkeypatch, capsys) -> None:
     assert command(monkeypatch, "derive", run.path, "derive.operations_kept=1") == 0
     said = capsys.readouterr().out
     for step in ("prune", "discretize", "fold"):
-        assert f"{step:>10}: below the mixture, untrained: " in said
+        assert f"{step}: below the mixture, untrained: " in said
     assert "points of PCK" in said

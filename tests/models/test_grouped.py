@@ -9,20 +9,17 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from networks import EVERY, PLAIN, make_supernet
+from networks import EVERY, PLAIN, make_supernet, noise
 from torch import Tensor, nn
-from torch.nn import functional
 
 from posefabric.models import grouped
 from posefabric.models.backbones import make_backbone
-from posefabric.models.fused import RELU, RELU6, Term, weighted_sum
-from posefabric.models.fused_convolutions import Window, depthwise
-from posefabric.models.grouped import Fast, chain, fast_path, plain_path
+from posefabric.models.grouped import Fast, fast_path, plain_path
 from posefabric.models.native import Kernels, load_kernels
 from posefabric.models.network import first_non_finite
 from posefabric.models.posenfs_backbones import Bottleneck, InvertedResidual
 from posefabric.search.bilevel import unrolled_gradients
-from posefabric.space.operations import DepthwiseConv2d, build_operation
+from posefabric.space.operations import build_operation
 from posefabric.structures import PoseBatch
 from posefabric.train.loss import LOSSES
 from posefabric.train.probe import Probe
@@ -34,10 +31,6 @@ pytestmark = pytest.mark.skipif(
 
 
 BEFORE_A_NORM = (".keep.bias", ".conv.bias", ".0.bias")
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).double()
 
 
 def trained(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
@@ -101,99 +94,6 @@ def check_a_mixture(draw: Any) -> None:
         parts=draw(st.sampled_from([None, {"all": (0, 1, 2, 3)}])),
     )
     assert_equal(network, noise(2, 3, 64, 64))
-
-
-@pytest.mark.parametrize("channels", [3, 8, 37])
-@pytest.mark.parametrize(
-    ("kernel", "stride", "dilation", "padding", "hw"),
-    [
-        (3, 1, 1, (1, 1, 1, 1), (5, 7)),
-        (5, 2, 1, (1, 2, 1, 2), (8, 9)),
-        (3, 1, 2, (2, 2, 2, 2), (4, 4)),
-        (5, 1, 1, (2, 2, 2, 2), (4, 4)),
-        (3, 2, 1, (0, 1, 0, 1), (6, 6)),
-    ],
-)
-def test_depthwise_is_torchs_convolution(
-    channels: int,
-    kernel: int,
-    stride: int,
-    dilation: int,
-    padding: tuple[int, int, int, int],
-    hw: tuple[int, int],
-) -> None:
-    """Vectors of channels and what is left of them, borders on all sides, both strides."""
-    x = noise(5, channels, *hw).requires_grad_()
-    weight = noise(channels, 1, kernel, kernel, seed=1).requires_grad_()
-    top, bottom, left, right = padding
-    expected = functional.conv2d(
-        functional.pad(x, (left, right, top, bottom)),
-        weight,
-        stride=stride,
-        dilation=dilation,
-        groups=channels,
-    )
-    towards = noise(*expected.shape, seed=2)
-    found = depthwise(x, weight, Window(kernel, stride, dilation, padding))
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-    for a, b in zip(
-        torch.autograd.grad(found, (x, weight), towards),
-        torch.autograd.grad(expected, (x, weight), towards),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
-
-
-@pytest.mark.parametrize("channels", [5, 24])
-def test_a_sum_of_every_kind_of_term(channels: int) -> None:
-    """With and without norm, each activation, weights as numbers and as tensors, a final ReLU."""
-    norms = [nn.BatchNorm2d(channels, affine=affine).double() for affine in (True, False, True)]
-    for norm in (norms[0], norms[2]):
-        nn.init.uniform_(norm.weight, 0.5, 2)
-        nn.init.uniform_(norm.bias, 1, 3)
-    copies = copy.deepcopy(norms)
-    maps = [noise(3, channels, 6, 5, seed=i).mul(3).add(2).requires_grad_() for i in range(4)]
-    weights = [torch.tensor(v).double().requires_grad_() for v in (0.3, -0.7)]
-
-    def plain() -> Tensor:
-        total = weights[0] * functional.relu(copies[0](maps[0])) + weights[1] * maps[1]
-        return functional.relu(
-            total + 0.5 * copies[1](maps[2]) + functional.relu6(copies[2](maps[3]))
-        )
-
-    terms = [
-        Term(maps[0], weights[0], norms[0], RELU),
-        Term(maps[1], weights[1]),
-        Term(maps[2], 0.5, norms[1]),
-        Term(maps[3], 1.0, norms[2], RELU6),
-    ]
-    expected, found = plain(), weighted_sum(terms, relu=True)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-    towards = noise(*expected.shape, seed=9)
-    wanted = [*maps, *weights, copies[0].weight, copies[0].bias, copies[2].weight, copies[2].bias]
-    ours = [*maps, *weights, norms[0].weight, norms[0].bias, norms[2].weight, norms[2].bias]
-    for a, b in zip(
-        torch.autograd.grad(found, ours, towards),
-        torch.autograd.grad(expected, wanted, towards),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
-    for norm, other in zip(norms, copies, strict=True):
-        for name, value in other.named_buffers():
-            torch.testing.assert_close(norm.get_buffer(name), value, rtol=0, atol=1e-12)
-
-
-def test_norms_far_from_zero_and_what_is_not_a_number() -> None:
-    """A mean of a million deviations in float32; NaN and infinity are not hidden by a ReLU."""
-    x = noise(4, 9, 8, 8).float() * 1e-2 + 1e4
-    exact = nn.BatchNorm2d(9, affine=False).double()(x.double())
-    norm, other = (nn.BatchNorm2d(9, affine=False) for _ in range(2))
-    found = weighted_sum([Term(x, norm=norm)])
-    assert float((found - exact).abs().max()) <= float((other(x) - exact).abs().max()) * 1.5 + 0.05
-    for bad in (torch.nan, torch.inf):
-        x[1, 3, 2, 2] = bad
-        out = weighted_sum([Term(x, norm=norm, act=RELU)], relu=True)
-        assert out[:, 3].isnan().all() and out[:, 4].isfinite().all()
 
 
 def blocks() -> dict[str, nn.Module]:
@@ -328,22 +228,6 @@ def test_architecture_steps_of_their_own(way: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
 
 
-def test_what_can_be_had_again_is_not_kept() -> None:
-    """A convolution behind a norm and its ReLU keeps the norm's recipe, not its output."""
-    network = fast_path(nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1)))
-    x = noise(2, 8, 6, 6).float().requires_grad_()
-    inner = chain(list(network)[:2], x)
-    assert inner.recipe().equal(inner)  # type: ignore[attr-defined]
-    packed: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
-        network[2](inner)
-    assert not any(tensor.data_ptr() == inner.data_ptr() for tensor in packed)
-    inner.detach().add_(1)
-    changed = network[2](inner)
-    (gradient,) = torch.autograd.grad(changed.sum(), network[2].weight)
-    torch.testing.assert_close(gradient[0, :, 0, 0], inner.detach().sum((0, 2, 3)))
-
-
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
     before, found = torch.get_num_threads(), []
     try:
@@ -366,17 +250,16 @@ def test_without_a_compiler_the_plain_path_stays_and_says_why(
     assert "model.path=fast: no C++ compiler" in caplog.text
 
 
-def test_a_chain_of_recipes_keeps_what_it_starts_from() -> None:
-    """Norm, depthwise, pointwise: the product needs its input again, and that one the norm."""
-    layers = nn.Sequential(
-        nn.BatchNorm2d(4), nn.ReLU(), DepthwiseConv2d(4, kernel=3), nn.Conv2d(4, 4, 1, bias=False)
+@pytest.mark.parametrize(
+    ("channels", "side", "product"), [(128, 46, True), (130, 46, False), (130, 8, True)]
+)
+def test_wide_convolutions_of_large_maps_are_left_to_torch(
+    channels: int, side: int, product: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Tensor] = []
+    pointwise = grouped.pointwise
+    monkeypatch.setattr(
+        grouped, "pointwise", lambda x, *rest: asked.append(x) or pointwise(x, *rest)
     )
-    kept: list[Tensor] = []
-    x = noise(2, 4, 6, 6).float().contiguous(memory_format=torch.channels_last).requires_grad_()
-    network = fast_path(layers.train())
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        network(x)
-    maps = {
-        tensor.data_ptr() for tensor in kept if tensor.ndim == 4 and tensor.numel() == x.numel()
-    }
-    assert maps == {x.data_ptr()}
+    assert_equal(nn.Sequential(nn.Conv2d(channels, 3, 1)), noise(2, channels, side, side))
+    assert bool(asked) is product
