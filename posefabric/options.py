@@ -133,12 +133,26 @@ class SearchConfig(OptimConfig):
         "gumbel",
         "gates",
         "beta_decay",
+        "perturbation",
+        "shrinking",
     ] = "synchronous"
     relaxation: Literal["softmax", "sparsemax"] = Field(
         default="softmax", description="not of gumbel and gates, which have their own"
     )
     beta_decay_weight: float = Field(
         default=25.0, ge=0, description="beta_decay: final weight of the logits' log-sum-exp"
+    )
+    operations_left: int = Field(
+        default=1, ge=1, description="perturbation, shrinking: operations an edge ends with"
+    )
+    sources_left: int = Field(
+        default=1, ge=1, le=3, description="perturbation, shrinking: sources a cell ends with"
+    )
+    decided_by: float = Field(
+        default=0.8,
+        gt=0,
+        le=1,
+        description="perturbation, shrinking: share of the search at which all is decided",
     )
     temperature_end: float = Field(
         default=1.0, gt=0, le=1, description="logits are divided by it at the end"

@@ -116,10 +116,10 @@ class Supernet(FabricNetwork):
 
     def source_logits(self, part: str) -> Tensor:
         """Beta (cells, 3), sources that a cell does not have out of reach."""
-        return self.betas[part].masked_fill(self._absent(part), ABSENT)
+        return self.betas[part].masked_fill(self.absent_of(part), ABSENT)
 
-    def _absent(self, part: str) -> Tensor:
-        """(cells, 3): the sources that cells of a fabric do not have."""
+    def absent_of(self, part: str) -> Tensor:
+        """(cells, 3) of bools: the sources that cells of a fabric do not have."""
         own = self.graph.backbone.fabric
         of_backbone = own is not None and part == own.name
         return self.get_buffer("absent_backbone_sources" if of_backbone else "absent_sources")
@@ -164,7 +164,7 @@ class Supernet(FabricNetwork):
                 alpha, beta = self.probabilities(part.name)
                 count = alpha.new_tensor(max(2.0, alpha.shape[-1]))
                 alphas.append(relax.doubt(alpha, count).mean())
-                options = (~self._absent(part.name)).sum(-1).to(beta)
+                options = (~self.absent_of(part.name)).sum(-1).to(beta)
                 open_rows = options > 1
                 betas.append(relax.doubt(beta, options.clamp(min=2))[open_rows].mean())
             means = torch.stack(alphas).mean(), torch.stack(betas).mean()

@@ -13,7 +13,9 @@ from posefabric.search.beta_decay import BetaDecay
 from posefabric.search.bilevel import FirstOrder, SecondOrder
 from posefabric.search.gates import Gates
 from posefabric.search.gumbel import Gumbel
+from posefabric.search.perturbation import Perturbation
 from posefabric.search.random import Random
+from posefabric.search.shrinking import Shrinking
 from posefabric.search.synchronous import Synchronous
 from posefabric.search.uniform import Uniform
 from posefabric.train.phase import train_phase
@@ -28,6 +30,8 @@ STRATEGIES: dict[str, Callable[[SearchConfig], Strategy]] = {
     "gumbel": Gumbel,
     "gates": Gates,
     "beta_decay": BetaDecay,
+    "perturbation": Perturbation,
+    "shrinking": Shrinking,
 }
 
 

@@ -84,6 +84,7 @@ class Strategy:
         """Before each step of the weights: the held-out loss, and its gradients.
 
         Gradients are in the order of ``network.arch_parameters()``, which require grad during
-        the call only; nothing of the network may move. None: alpha and beta rest in this step.
+        the call only; nothing of the network may move but alpha and beta, where a strategy sets
+        them itself. None: no step for their optimiser.
         """
         return None

@@ -27,7 +27,7 @@ def decide(network: Supernet, seed: int) -> None:
                 noise[..., 0] = -10
             else:
                 part = name.removesuffix(".betas")
-                noise = noise.masked_fill(network._absent(part), -10)
+                noise = noise.masked_fill(network.absent_of(part), -10)
             best = noise.argmax(-1, keepdim=True)
             parameter.copy_(torch.zeros_like(parameter).scatter(-1, best, 60.0))
 

@@ -52,6 +52,8 @@ def test_every_option_has_its_strategy() -> None:
         "gumbel",
         "gates",
         "beta_decay",
+        "perturbation",
+        "shrinking",
     }
 
 
@@ -271,7 +273,7 @@ def test_beta_decay_follows_its_formula_and_flattens() -> None:
     rows = []
     for part in network.shapes:
         rows += [math.log(sum(math.exp(v) for v in r)) for r in network.alphas[part][0].tolist()]
-        absent = network._absent(part)
+        absent = network.absent_of(part)
         for row, gone in zip(network.betas[part].tolist(), absent.tolist(), strict=True):
             there = [v for v, g in zip(row, gone, strict=True) if not g]
             rows.append(math.log(sum(map(math.exp, there))))

@@ -116,8 +116,8 @@ def test_resuming_is_exact(case: str, whole, tmp_path: Path) -> None:
     assert losses(folder) == expected_losses[: first + 1]
 
     trainer = make_trainer(folder, config, validate=mean_score)
-    order = "order" in case  # alpha and beta have steps of their own
-    hook = "architecture_gradients" if order else draw.choice(["schedule", "penalty"])
+    # alpha and beta may have steps of their own
+    hook = "architecture_gradients" if trainer.held_out else draw.choice(["schedule", "penalty"])
     second = draw.randrange(0, STEPS - first - 1)
     trainer.strategy = Stopping(trainer.strategy, hook, second, crash)  # type: ignore[assignment]
     with pytest.raises(Crash):
