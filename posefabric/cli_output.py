@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from posefabric.distributed import is_first
+
+WIDTH_OF_FILES = 160  # columns; cells that do not fit are cut short
 
 
 def counter(what: str):
@@ -25,12 +28,15 @@ def say(text: str) -> None:
 
 
 def show(renderable: object) -> None:
-    """Print a rich table."""
+    """Print a rich table: as wide as the terminal, or wide enough for all of it in a file."""
     from rich.console import Console
 
     if not is_first():
         return
-    Console(highlight=False).print(renderable)
+    console = Console(highlight=False)
+    if not (console.is_terminal or "COLUMNS" in os.environ):
+        console.width = WIDTH_OF_FILES
+    console.print(renderable)
 
 
 def print_table(result: dict) -> None:
