@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from cyclopts import App, Parameter
 
 from posefabric import __version__
-from posefabric.cli_bench import bench
+from posefabric.cli_bench import bench, latency
 from posefabric.cli_data import data_app
 from posefabric.cli_output import counter, print_table, say
 from posefabric.cli_output import show as show_table
@@ -37,6 +37,7 @@ app.command(reference)
 app.command(paper)
 app.command(study)
 app.command(bench)
+app.command(latency)
 
 # What several processes started by torchrun can do together.
 TOGETHER = ("search", "train", "derive", "eval")

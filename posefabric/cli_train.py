@@ -39,7 +39,7 @@ def search(
     parts
         The same as model.parts=...: a number, random:P, or learned:K, from the training persons.
     budget
-        The same as search.budget=...: macs=0.3G or params=2M, of the compact network.
+        The same as search.budget=...: macs=0.3G, params=2M or latency=8ms, of the compact network.
     """
     from posefabric.search.run_search import search as run_search
 
@@ -50,10 +50,19 @@ def search(
     if run.state == "finished":
         say(f"{run.path}: is finished already")
         return
+    _shared(lambda: _with_table(run, run.config))
     network, result = _failing_marked(run, lambda: run_search(run))
     print_table(result)
     entropies = ", ".join(f"{k} {v:.3f}" for k, v in network.entropies().items())
     say(f"{entropies}; next: posefabric derive {out} --finetune")
+
+
+def _with_table(run: RunFolder, config: Config) -> RunFolder:
+    """The run, with the latency table that a budget of the configuration needs."""
+    from posefabric.deploy.latency import ensure_table
+
+    ensure_table(run, config, say=say)
+    return run
 
 
 def derive(
@@ -64,7 +73,8 @@ def derive(
     Parameters
     ----------
     budget
-        The same as derive.budget=...: macs=0.3G or params=2M; by default the search's.
+        The same as derive.budget=...: macs=0.3G, params=2M or latency=8ms; by default the
+        search's.
     finetune
         Train the compact network on, as `posefabric train` would.
     """
@@ -81,7 +91,9 @@ def derive(
         opened = RunFolder.open(run)
         check_derivable(opened)
         parent = opened.resolve("mixture")
-        child = parent.new_child("derive", with_overrides(parent.config, overrides))
+        settings = with_overrides(parent.config, overrides)
+        _with_table(parent, settings)
+        child = parent.new_child("derive", settings)
         _, record = _failing_marked(child, lambda: run_derive(parent, child))
         return child.path, record
 
@@ -95,6 +107,7 @@ def derive(
     say(
         f"derived: {path}: {record['macs'] / 1e6:.1f} M multiply-adds, "
         f"{record['params'] / 1e6:.2f} M parameters"
+        + (f", {record['predicted_ms']:.2f} ms by the table" if record["predicted_ms"] else "")
         + (f", within {record['budget']}" if record["budget"] else "")
     )
     if finetune or RunFolder.open(path).config.derive.finetune:

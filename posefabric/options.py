@@ -183,9 +183,17 @@ class SearchConfig(OptimConfig):
     )
     budget: str | None = Field(
         default=None,
-        description="of the compact network, such as macs=0.3G or params=2M; the search is pressed "
-        "towards it, derivation ends inside it",
+        description="of the compact network, such as macs=0.3G, params=2M or latency=8ms; the "
+        "search is pressed towards it, derivation ends inside it",
     )
+    latency_table: str | None = Field(
+        default=None,
+        description="a file of `posefabric latency`; none: a latency budget measures its own first",
+    )
+    latency_runtime: Literal["onnxruntime", "torch"] = Field(
+        default="onnxruntime", description="what latency means: this runtime, one picture, the CPU"
+    )
+    latency_threads: int = Field(default=1, ge=1, description="and so many threads")
     budget_weight: float = Field(
         default=5.0, ge=0, description="final weight of the expected cost's share above budget"
     )
@@ -209,7 +217,7 @@ class DeriveConfig(Section):
         default=None, ge=1, le=3, description="most sources a cell keeps"
     )
     budget: str | None = Field(
-        default=None, description="macs=0.3G or params=2M; none: search.budget"
+        default=None, description="macs=0.3G, params=2M or latency=8ms; none: search.budget"
     )
     gap_persons: int = Field(
         default=100,

@@ -12,8 +12,10 @@ from posefabric.derive.prune import cut_backbone, output_scales, prune, prune_pa
 from posefabric.evaluate.profile import count_macs
 from posefabric.models.backbones import make_backbone
 from posefabric.models.compact import build_compact
+from posefabric.run import RunFolder
 from posefabric.space.architecture import Architecture, Cell, Edge, Part
 from posefabric.space.cost import Cost, fabrics_cost, part_cost
+from posefabric.space.latency import TABLE_NAME, LatencyTable, Piece, Table
 from posefabric.structures import PosefabricError
 
 
@@ -29,63 +31,81 @@ def backbone_cost(name: str, levels: int, input_wh: tuple[int, int]) -> Cost:
     return Cost(macs, round(folded))
 
 
-def whole_cost(graph: Architecture) -> Cost:
-    """Backbone, fabrics and heads of a graph: one picture's multiply-adds, and parameters."""
+def latency_table(run: RunFolder, budget: str | None) -> LatencyTable | None:
+    """The search run's own table, where a budget is on latency; PosefabricError where it has none.
+
+    ``posefabric search`` and ``posefabric derive`` have it measured; see deploy/latency.py.
+    """
+    if budget is None or Budget.parse(budget).measure != "latency":
+        return None
+    return LatencyTable.load(run.path / TABLE_NAME)
+
+
+def backbone_piece(graph: Architecture) -> Piece:
+    """The graph's backbone, cut as it says; of a fabric backbone what is before its cells."""
+    width, height = graph.input_wh
     own = graph.backbone
+    return Piece("backbone", own.name, 3, len(own.channels), (height, width))
+
+
+def whole_cost(graph: Architecture, table: Table | None = None) -> Cost:
+    """Backbone, fabrics and heads of a graph: what one picture takes, and parameters."""
+    own, fabrics = graph.backbone, fabrics_cost(graph, table)
     if own.fabric is None:
-        return fabrics_cost(graph) + backbone_cost(own.name, len(own.channels), graph.input_wh)
+        cost = backbone_cost(own.name, len(own.channels), graph.input_wh)
+        return fabrics + cost.timed(backbone_piece(graph), table)
     backbone = build_compact(graph).backbone.eval()
     images = torch.zeros(1, 3, graph.input_wh[1], graph.input_wh[0])
     with torch.no_grad():
         macs = count_macs(lambda: backbone.stem(images))  # type: ignore[operator]
     stem = sum(p.numel() for p in backbone.stem.parameters() if p.ndim > 1)  # type: ignore[union-attr]
-    return fabrics_cost(graph) + Cost(macs, stem)
+    return fabrics + Cost(macs, stem).timed(backbone_piece(graph), table)
 
 
-def fit_budget(graph: Architecture, budget: Budget) -> Architecture:
+def fit_budget(graph: Architecture, budget: Budget, table: Table | None = None) -> Architecture:
     """Drop choices and sources, the smallest share for its cost first, until the graph fits.
 
     Each edge keeps one operation and each cell one source; the sums of weights stay. The result
-    is pruned.
+    is pruned. ``table`` has the milliseconds that a latency budget is on.
 
     Raises PosefabricError when the least that can be left still exceeds the budget.
     """
     graph = prune(graph)
     fabrics = {part.name: part for part in graph.fabrics}
-    steps = {name: _best_step(part, graph, budget) for name, part in fabrics.items()}
-    while budget.of(*_pair(whole_cost(graph))) > budget.limit:
+    steps = {name: _best_step(part, graph, budget, table) for name, part in fabrics.items()}
+    while number(whole_cost(graph, table), budget) > budget.limit:
         best = min((step for step in steps.values() if step), key=lambda s: s[0], default=None)
         if best is None:
-            cost = whole_cost(graph)
+            cost = whole_cost(graph, table)
+            timed = f", and takes {cost.ms:.2f} ms by the table" if table is not None else ""
             raise PosefabricError(
                 f"budget={budget}: the smallest network of this search has "
-                f"{cost.macs / 1e6:.1f} M multiply-adds and {cost.params / 1e6:.2f} M parameters; "
-                f"raise the budget, or search with a smaller model.channel_factor, "
+                f"{cost.macs / 1e6:.1f} M multiply-adds and {cost.params / 1e6:.2f} M parameters"
+                f"{timed}; raise the budget, or search with a smaller model.channel_factor, "
                 f"data.input_wh or backbone"
             )
         name = best[1].name
         fabrics[name] = best[1]
-        steps[name] = _best_step(best[1], graph, budget)
+        steps[name] = _best_step(best[1], graph, budget, table)
         graph = cut_backbone(graph.with_fabrics(fabrics))
     return graph
 
 
-def _best_step(part: Part, graph: Architecture, budget: Budget) -> tuple[float, Part] | None:
+def number(cost: Cost, budget: Budget) -> float:
+    """The number of a cost that a budget is on."""
+    return float(budget.of(cost.macs, cost.params, cost.ms))
+
+
+def _best_step(
+    part: Part, graph: Architecture, budget: Budget, table: Table | None
+) -> tuple[float, Part] | None:
     """The part without what weighs least for its cost, and that share for its cost."""
-    now, best = _part_number(part, graph, budget), None
+    now, best = number(part_cost(part, graph, table), budget), None
     for share, smaller in _without_one(part, graph):
-        saved = now - _part_number(smaller, graph, budget)
+        saved = now - number(part_cost(smaller, graph, table), budget)
         if saved > 0 and (best is None or share / saved < best[0]):
             best = share / saved, smaller
     return best
-
-
-def _pair(cost: Cost) -> tuple[int, int]:
-    return cost.macs, cost.params
-
-
-def _part_number(part: Part, graph: Architecture, budget: Budget) -> float:
-    return budget.of(*_pair(part_cost(part, graph)))
 
 
 def _without_one(part: Part, graph: Architecture) -> Iterator[tuple[float, Part]]:

@@ -8,7 +8,7 @@ import torch
 
 from posefabric.budget import Budget
 from posefabric.derive.discretize import discretize
-from posefabric.derive.fit_budget import fit_budget, whole_cost
+from posefabric.derive.fit_budget import fit_budget, latency_table, whole_cost
 from posefabric.derive.fold import fold
 from posefabric.derive.gap import make_measure
 from posefabric.derive.prune import prune
@@ -78,8 +78,9 @@ def derive(run: RunFolder, child: RunFolder) -> tuple[CompactNetwork, dict[str, 
         )
         steps["discretize"] = count_choices(graph)
     budget = settings.budget or config.search.budget
+    table = latency_table(run, budget)
     if budget is not None:
-        graph = fit_budget(graph, Budget.parse(budget))
+        graph = fit_budget(graph, Budget.parse(budget), table)
         steps["budget"] = count_choices(graph)
     if graph != pruned:
         compact = _built(graph, mixture)
@@ -92,7 +93,7 @@ def derive(run: RunFolder, child: RunFolder) -> tuple[CompactNetwork, dict[str, 
         differences["fold"] = _difference(folded(images), compact(images))
     if measure is not None:
         accuracy["fold"] = measure(folded)
-    cost = whole_cost(graph)
+    cost = whole_cost(graph, table)
     record = {
         "steps": steps,
         "differences": differences,
@@ -100,6 +101,7 @@ def derive(run: RunFolder, child: RunFolder) -> tuple[CompactNetwork, dict[str, 
         "parent": run.path.name,
         "macs": cost.macs,
         "params": cost.params,
+        "predicted_ms": cost.ms if table is not None else None,
         "budget": budget,
     }
     child.write_text(child.architecture_path.name, graph.to_json())

@@ -85,7 +85,7 @@ def compare(
     ):
         if value < least:
             raise PosefabricError(f"{name}: expected at least {least}, got {value}")
-    with _threads(threads), torch.no_grad():
+    with torch_threads(threads), torch.no_grad():
         subjects = {name: _Subject(network, input_wh) for name, network in networks.items()}
         macs = {name: subject.macs() for name, subject in subjects.items()}
         times = interleaved(
@@ -226,7 +226,7 @@ def latency_summary(
 
 
 @contextmanager
-def _threads(threads: int | None) -> Iterator[None]:
+def torch_threads(threads: int | None) -> Iterator[None]:
     before = torch.get_num_threads()
     try:
         if threads is not None:

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from posefabric.budget import Budget
-from posefabric.derive.fit_budget import whole_cost
+from posefabric.derive.fit_budget import number, whole_cost
 from posefabric.models.supernet import Supernet
 from posefabric.space.architecture import Architecture, Cell, Part
 from posefabric.space.cost import (
-    Cost,
     fabrics_cost,
     head_cost,
     keep_cost,
@@ -22,6 +21,7 @@ from posefabric.space.cost import (
     source_cost,
 )
 from posefabric.space.fabric import level_widths
+from posefabric.space.latency import Table
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,15 @@ class ExpectedCost:
     rest (backbone, heads) is a constant.
     """
 
-    def __init__(self, network: Supernet, budget: Budget) -> None:
+    def __init__(self, network: Supernet, budget: Budget, table: Table | None = None) -> None:
         self.budget = budget
         graph = network.graph
-        self.tables = {part.name: _table(part, graph, budget) for part in graph.fabrics}
-        self.constant = _number(whole_cost(graph) - fabrics_cost(graph), budget)
+        self.tables = {part.name: _table(part, graph, budget, table) for part in graph.fabrics}
+        rest = whole_cost(graph, table) - fabrics_cost(graph, table)
+        self.constant = number(rest, budget)
 
     def __call__(self, network: Supernet) -> Tensor:
-        """A scalar in the budget's measure: multiply-adds of a picture, or parameters."""
+        """A scalar in the budget's measure: multiply-adds or ms of a picture, or parameters."""
         parts = [self.of_part(network, name) for name in self.tables]
         return torch.stack(parts).sum() + self.constant
 
@@ -95,7 +96,7 @@ def _read(readers: list[tuple[int, int]], live: list[Tensor], beta: Tensor) -> T
     return 1 - none
 
 
-def _table(part: Part, graph: Architecture, budget: Budget) -> _PartTable:
+def _table(part: Part, graph: Architecture, budget: Budget, table: Table | None) -> _PartTable:
     rows = {(cell.layer, cell.scale): row for row, cell in enumerate(part.cells)}
     widths, of_backbone = level_widths(part), part is graph.backbone.fabric
     first, last = min(layer for layer, _ in rows), max(layer for layer, _ in rows)
@@ -109,38 +110,40 @@ def _table(part: Part, graph: Architecture, budget: Budget) -> _PartTable:
                 widths[source.scale],
                 cell.width,
                 map_size(graph.input_wh, source.scale),
+                table,
             )
-            sources[row, source.slot] += _number(cost, budget)
+            sources[row, source.slot] += number(cost, budget)
             reader = (row, source.slot)
             if cell.layer == first:
                 levels.setdefault(source.scale, []).append(reader)
             else:
                 feeds[rows[cell.layer - 1, source.scale]].append(reader)
     reduce = {} if of_backbone else {
-        level: _number(
-            reduce_cost(part, graph.backbone.channels[level], level, graph.input_wh), budget
+        level: number(
+            reduce_cost(part, graph.backbone.channels[level], level, graph.input_wh, table), budget
         )
         for level in levels
     }  # fmt: skip
     return _PartTable(
-        operations=torch.tensor([_operations(cell, graph, budget) for cell in part.cells]),
+        operations=torch.tensor([_operations(cell, graph, budget, table) for cell in part.cells]),
         sources=sources,
         keep=torch.tensor(
-            [_number(keep_cost(c, map_size(graph.input_wh, c.scale)), budget) for c in part.cells]
+            [
+                number(keep_cost(c, map_size(graph.input_wh, c.scale), table), budget)
+                for c in part.cells
+            ]
         ),
         reduce=reduce,
-        head=0.0 if of_backbone else _number(head_cost(part, graph), budget),
+        head=0.0 if of_backbone else number(head_cost(part, graph, table), budget),
         feeds=feeds,
         levels=levels,
         outputs={row for (layer, _), row in rows.items() if layer == last},
     )
 
 
-def _operations(cell: Cell, graph: Architecture, budget: Budget) -> list[float]:
+def _operations(
+    cell: Cell, graph: Architecture, budget: Budget, table: Table | None
+) -> list[float]:
     size = map_size(graph.input_wh, cell.scale)
-    choices = cell.edges[0].choices
-    return [_number(operation_cost(c.operation, cell.width, size), budget) for c in choices]
-
-
-def _number(cost: Cost, budget: Budget) -> float:
-    return float(budget.of(cost.macs, cost.params))
+    names = [choice.operation for choice in cell.edges[0].choices]
+    return [number(operation_cost(name, cell.width, size, table), budget) for name in names]

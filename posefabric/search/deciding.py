@@ -11,6 +11,7 @@ from posefabric.budget import Budget
 from posefabric.config import SearchConfig
 from posefabric.models.supernet import Supernet
 from posefabric.search.cost import ExpectedCost
+from posefabric.space.latency import LatencyTable
 from posefabric.train.strategy import Strategy
 
 
@@ -22,11 +23,13 @@ class Deciding(Strategy):
     pruned at the end, the temperature falls geometrically from 1 to ``temperature_end`` and a
     penalty on the Gini impurity of operations and sources rises to ``sparsity`` and
     ``source_sparsity``, all from ``sparsity_start`` on.
-    With ``budget`` the expected cost's share above it is punished too, rising likewise.
+    With ``budget`` the expected cost's share above it is punished too, rising likewise; ``table``
+    has the milliseconds of a latency budget.
     """
 
-    def __init__(self, config: SearchConfig) -> None:
+    def __init__(self, config: SearchConfig, table: LatencyTable | None = None) -> None:
         self.config = config
+        self.table = table
         self._expected: ExpectedCost | None = None
 
     def has_started(self, progress: float) -> bool:
@@ -60,7 +63,8 @@ class Deciding(Strategy):
         if self.config.budget is None:
             return None
         if self._expected is None:
-            self._expected = ExpectedCost(network, Budget.parse(self.config.budget))
+            budget = Budget.parse(self.config.budget)
+            self._expected = ExpectedCost(network, budget, self.table)
         return self._expected
 
     def _share(self, progress: float) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from posefabric.config import SearchConfig
+from posefabric.derive.fit_budget import latency_table
 from posefabric.models.build import build_supernet
 from posefabric.models.supernet import Supernet
 from posefabric.run import RunFolder
@@ -21,9 +21,9 @@ from posefabric.search.uniform import Uniform
 from posefabric.train.phase import train_phase
 from posefabric.train.strategy import Strategy
 
-STRATEGIES: dict[str, Callable[[SearchConfig], Strategy]] = {
-    "uniform": lambda config: Uniform(),
-    "random": lambda config: Random(),
+STRATEGIES: dict[str, Callable[..., Strategy]] = {
+    "uniform": lambda config, table=None: Uniform(),
+    "random": lambda config, table=None: Random(),
     "synchronous": Synchronous,
     "first_order": FirstOrder,
     "second_order": SecondOrder,
@@ -39,6 +39,7 @@ def search(run: RunFolder) -> tuple[Supernet, dict[str, Any]]:
     """Search in a run folder of kind ``search``, from its newest checkpoint if it has one."""
     config = run.config
     network = build_supernet(config)
-    strategy = STRATEGIES[config.search.strategy](config.search)
+    table = latency_table(run, config.search.budget)
+    strategy = STRATEGIES[config.search.strategy](config.search, table)
     result = train_phase(network, run=run, optim=config.search, strategy=strategy, phase="search")
     return network, result

@@ -12,6 +12,7 @@ import torch
 
 from posefabric.config import Config, with_overrides
 from posefabric.data.pipeline import open_dataset
+from posefabric.deploy.latency import ensure_table
 from posefabric.derive.run_derive import derive, finetune
 from posefabric.models.build import build_baseline, build_supernet, load_network
 from posefabric.run import RunFolder
@@ -65,6 +66,7 @@ def _search(
     run = RunFolder.create(path, config=config, kind="search", exist_ok=True)
     if run.state != "finished":
         with _failing_marked(run):
+            ensure_table(run, config)
             search(run)
     return run
 
@@ -118,6 +120,7 @@ def _drawn(path: Path, config: Config) -> RunFolder:
     """A search of no steps: alpha and beta as the strategy prepares them, weights as they begin."""
     run = RunFolder.create(path, config=config, kind="search", exist_ok=True)
     if run.state != "finished":
+        ensure_table(run, config)
         network = build_supernet(config)
         strategy = STRATEGIES[config.search.strategy](config.search)
         strategy.prepare(network, torch.Generator().manual_seed(config.seed))

@@ -62,12 +62,15 @@ def test_what_cannot_fit_says_what_could(graph: Architecture) -> None:
         fit_budget(graph, Budget("macs", 1000))
 
 
-@pytest.mark.parametrize("text", ["0.3G", "macs=fast", "latency=8ms", "macs=0", "params=2T"])
+@pytest.mark.parametrize(
+    "text", ["0.3G", "macs=fast", "latency=8", "latency=0ms", "macs=0", "params=2T"]
+)
 def test_a_budget_is_written_one_way(text: str) -> None:
     with pytest.raises(PosefabricError, match=r"macs=0\.3G"):
         load_config("demo", [f"search.budget={text}"])
     assert str(Budget.parse("macs=300M")) == "macs=300M"
     assert Budget.parse("params=2.5M").limit == 2.5e6
+    assert str(Budget.parse("latency=8.5ms")) == "latency=8.5ms"
 
 
 def test_search_and_derive_take_a_budget(tmp_path, monkeypatch, capsys) -> None:

@@ -9,12 +9,13 @@ from trainings import make_config
 
 from posefabric.budget import Budget
 from posefabric.config import SearchConfig
-from posefabric.derive.fit_budget import whole_cost
+from posefabric.derive.fit_budget import number, whole_cost
 from posefabric.derive.prune import prune
 from posefabric.models.build import build_supernet
 from posefabric.models.supernet import Supernet
 from posefabric.search.cost import ExpectedCost
 from posefabric.search.synchronous import Synchronous
+from posefabric.space.latency import Piece
 
 
 def decide(network: Supernet, seed: int) -> None:
@@ -32,17 +33,26 @@ def decide(network: Supernet, seed: int) -> None:
             parameter.copy_(torch.zeros_like(parameter).scatter(-1, best, 60.0))
 
 
-@pytest.mark.parametrize("measure", ["macs", "params"])
+class Invented:
+    """Milliseconds by a piece's widths and size."""
+
+    def of(self, piece: Piece) -> float:
+        return piece.width_in * piece.width_out * piece.size[0] * 1e-4 + len(piece.name)
+
+
+@pytest.mark.parametrize("measure", ["macs", "params", "latency"])
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("shape", [dict(), dict(hidden_nodes=2, shared_alpha=False)])
 def test_a_decided_mixture_costs_what_is_left_of_it(measure: str, seed: int, shape: dict) -> None:
     network = make_supernet(**shape)
     decide(network, seed)
-    expected = ExpectedCost(network, Budget(measure, 1e6))  # type: ignore[arg-type]
+    table = Invented() if measure == "latency" else None
+    budget = Budget(measure, 1e6)  # type: ignore[arg-type]
+    expected = ExpectedCost(network, budget, table)
     graph = prune(network.architecture(), threshold=1e-6)
     # The expectation leaves the backbone whole, pruning cuts levels that nobody reads.
-    rest = whole_cost(graph.model_copy(update={"backbone": network.graph.backbone}))
-    exact = rest.macs if measure == "macs" else rest.params
+    rest = whole_cost(graph.model_copy(update={"backbone": network.graph.backbone}), table)
+    exact = number(rest, budget)
     assert float(expected(network).detach()) == pytest.approx(exact, rel=1e-5)
 
 
