@@ -80,6 +80,11 @@ class OptimConfig(Section):
     backbone_factor: float = Field(
         default=1.0, ge=0, description="learning rate of the backbone, relative"
     )
+    head_factor: float | None = Field(
+        default=None,
+        gt=0,
+        description="and of the heads' last convolutions; none: 10 for a heatmap's logits, else 1",
+    )
     weight_decay: float = Field(default=0.0, ge=0)
     schedule: Literal["one_cycle", "steps", "constant"] = "one_cycle"
     milestones: tuple[float, ...] = Field(

@@ -9,24 +9,49 @@ import torch
 from torch import Tensor, nn
 
 from posefabric.config import OptimConfig
+from posefabric.models.network import PoseNetwork
+
+LOGIT_FACTOR = 10.0
 
 
 def weight_groups(network: nn.Module, config: OptimConfig) -> list[dict[str, object]]:
-    """Parameter groups of the weights: the backbone at its own rate, no decay on vectors."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    """Parameter groups of the weights: backbone and heads at rates of their own, no decay on
+    vectors.
+
+    The heads are the last convolutions (``final_layer``). A step decays every weight by the same
+    share, whatever its group's factor.
+    """
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
         if not parameter.requires_grad or name.startswith(("alphas.", "betas.")):
             continue
-        key = (name.startswith("backbone."), parameter.ndim > 1)
-        groups.setdefault(key, []).append(parameter)
+        factor = 1.0
+        if name.startswith("backbone."):
+            factor = config.backbone_factor
+        elif ".final_layer" in name:
+            factor = head_factor(config, network)
+        groups.setdefault((factor, parameter.ndim > 1), []).append(parameter)
     return [
         {
             "params": parameters,
-            "lr": config.learning_rate * (config.backbone_factor if of_backbone else 1.0),
-            "weight_decay": config.weight_decay if decays else 0.0,
+            "lr": config.learning_rate * factor,
+            "weight_decay": config.weight_decay / max(1.0, factor) if decays else 0.0,
         }
-        for (of_backbone, decays), parameters in groups.items()
+        for (factor, decays), parameters in groups.items()
     ]
+
+
+def head_factor(config: OptimConfig, network: nn.Module) -> float:
+    """The learning rate of the heads, relative to the other weights'.
+
+    Heatmap heads begin near 0. Scores under squared error end near 1, logits have to become
+    several times as large, and Adam moves a weight by at most its rate a step. The squared lengths
+    of vector heads grow by themselves.
+    """
+    if config.head_factor is not None:
+        return config.head_factor
+    logits = isinstance(network, PoseNetwork) and network.graph.head.kind == "heatmap"
+    return LOGIT_FACTOR if logits and config.loss == "cross_entropy" else 1.0
 
 
 def rate_factor(config: OptimConfig, progress: float) -> float:

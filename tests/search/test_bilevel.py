@@ -220,7 +220,8 @@ def test_nothing_moves_while_a_step_is_computed(strategy: type[FirstOrder]) -> N
     optimiser = make_optimiser(weight_groups(network, SearchConfig()))
     set_rate(optimiser, 0.7)
     rates = rates_by_name(network, optimiser)
-    assert set(rates) == set(weights_of(network)) and set(rates.values()) == {0.7e-3}
+    assert set(rates) == set(weights_of(network))
+    assert {round(rate, 9) for rate in rates.values()} == {0.7e-3, 0.7e-2}, "heads are faster"
     for parameter in network.arch_parameters().values():
         parameter.requires_grad_(True)
     evidence = make_evidence(network, rates, size=64, keypoints=4, stride=4)

@@ -13,6 +13,7 @@ from torch import nn
 from posefabric.config import OptimConfig
 from posefabric.train.optim import (
     AveragedWeights,
+    head_factor,
     make_optimiser,
     rate_factor,
     set_rate,
@@ -37,8 +38,21 @@ def test_groups_part_the_weights() -> None:
             assert id(parameter) not in found, name
             continue
         rate, decay = found[id(parameter)]
-        assert rate == (0.05 if name.startswith("backbone.") else 0.1), name
-        assert decay == (0.01 if parameter.ndim > 1 else 0.0), name
+        of_head = ".final_layer." in name
+        expected = 0.05 if name.startswith("backbone.") else 1.0 if of_head else 0.1
+        assert rate == pytest.approx(expected), name
+        share = rate * decay  # of a weight that a step takes away
+        own = 0.01 * min(rate, 0.1)
+        assert share == pytest.approx(own if parameter.ndim > 1 else 0.0), name
+
+
+def test_heads_learn_faster_where_they_give_logits() -> None:
+    heatmap, vector = make_supernet(), make_supernet(head="vector")
+    assert head_factor(OptimConfig(), heatmap) == 10
+    assert head_factor(OptimConfig(loss="mse"), heatmap) == 1
+    assert head_factor(OptimConfig(), vector) == 1
+    for network, loss in ((heatmap, "mse"), (heatmap, "cross_entropy"), (vector, "cross_entropy")):
+        assert head_factor(OptimConfig(head_factor=3, loss=loss), network) == 3  # type: ignore[arg-type]
 
 
 def test_one_cycle() -> None:
