@@ -48,6 +48,10 @@ class Choice:
             logits = self.logits(network)
         return (logits > ABSENT / 2).nonzero().flatten().tolist()
 
+    def is_zero(self, network: Supernet, option: int) -> bool:
+        """Whether it is the operation ``zero``, which never wins an edge (as in DARTS)."""
+        return self.edge is not None and network.shapes[self.part].operations[option] == "zero"
+
     def close(self, network: Supernet, option: int) -> None:
         """The option weighs exactly 0 from now on, and no gradient brings it back.
 

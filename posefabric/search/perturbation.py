@@ -20,9 +20,9 @@ class Perturbation(FirstOrder):
 
     From ``architecture_start`` to ``decided_by`` of the search, in an order drawn from the run's
     seed, one choice after another is decided on held-out persons: each open option is taken out in
-    turn, the ``operations_left`` or ``sources_left`` without which the loss is highest stay, the
-    others are closed, and the weights train on until the next decision. The losses of a decision
-    are of the same batch.
+    turn, the ``operations_left`` or ``sources_left`` without which the loss is highest stay (never
+    ``zero``), the others are closed, and the weights train on until the next decision. The losses
+    of a decision are of the same batch.
     """
 
     name = "perturbation"
@@ -62,6 +62,10 @@ class Perturbation(FirstOrder):
         whole = torch.stack(summed(losses))
         if not bool(torch.isfinite(whole).all()):
             return  # the next step tries again
-        ranked = sorted(range(len(options)), key=lambda i: float(whole[i]), reverse=True)
+        worth = [
+            -math.inf if choice.is_zero(network, option) else float(loss)
+            for option, loss in zip(options, whole, strict=True)
+        ]
+        ranked = sorted(range(len(options)), key=lambda i: worth[i], reverse=True)
         for place in ranked[left_open(choice, self.config) :]:
             choice.close(network, options[place])

@@ -19,8 +19,9 @@ class Shrinking(Synchronous):
     """P-DARTS's shrinking candidate set (Chen et al., 2019), without its growing depth.
 
     Between ``architecture_start`` and ``decided_by`` every choice closes its least likely options
-    in equal intervals, until ``operations_left`` and ``sources_left`` are open. A step gets cheaper
-    with every option that is gone, and the rest of the search trains what is left.
+    in equal intervals, until ``operations_left`` and ``sources_left`` are open; ``zero`` is never
+    the last. A step gets cheaper with every option that is gone, and the rest of the search trains
+    what is left, which derivation keeps as it is.
     """
 
     name = "shrinking"
@@ -30,13 +31,19 @@ class Shrinking(Synchronous):
         share = decided_share(self.config, progress)
         for choice in all_choices(network) if share else ():
             # One half of an option, or more, is one.
-            surplus = max(0, choice.existing(network) - left_open(choice, self.config))
+            left = left_open(choice, self.config)
+            surplus = max(0, choice.existing(network) - left)
             allowed = choice.existing(network) - math.floor(surplus * share + 0.5 + 1e-9)
-            _close_least_likely(network, choice, allowed)
+            _close_least_likely(network, choice, allowed, left)
 
 
-def _close_least_likely(network: Supernet, choice: Choice, allowed: int) -> None:
+def _close_least_likely(network: Supernet, choice: Choice, allowed: int, left: int) -> None:
     options = choice.open_options(network)
     found = probabilities(network, choice)
-    for option in sorted(options, key=lambda i: float(found[i]))[: max(0, len(options) - allowed)]:
+
+    def worth(option: int) -> float:
+        last = allowed <= left and choice.is_zero(network, option)
+        return -1.0 if last else float(found[option])
+
+    for option in sorted(options, key=worth)[: max(0, len(options) - allowed)]:
         choice.close(network, option)

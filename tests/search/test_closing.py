@@ -133,6 +133,24 @@ def test_shrinking_closes_the_least_likely_in_equal_intervals() -> None:
     assert not undecided(network, config)
 
 
+def test_zero_never_wins_an_edge() -> None:
+    network, config = blank(), options()
+    zero = network.shape.operations.index("zero")
+    with torch.no_grad():
+        for alpha in network.alphas.values():
+            alpha[..., zero] = 5.0
+    Shrinking(config).schedule(network, 0.5)
+    operations = [c for c in all_choices(network) if c.edge is not None]
+    assert operations and all(zero in c.open_options(network) for c in operations)
+    Shrinking(config).schedule(network, 1.0)
+    assert all(zero not in c.open_options(network) for c in operations)
+    other = blank()
+    strategy = Perturbation(config)
+    strategy.prepare(other, torch.Generator().manual_seed(0))
+    strategy.architecture_gradients(other, evidence(other), 1.0)
+    assert all(zero not in c.open_options(other) for c in operations)
+
+
 def test_shrinking_that_starts_anew_closes_nothing_twice() -> None:
     network = blank()
     Shrinking(options()).schedule(network, 0.5)
@@ -173,6 +191,7 @@ def test_perturbation_keeps_what_the_loss_misses_most() -> None:
         other = copy.deepcopy(whole)
         decided.close(other, option)
         losses[option] = float(evidence(other).loss_of(evidence(other).held_out).detach())
+    losses = {i: loss for i, loss in losses.items() if not decided.is_zero(network, i)}
     assert decided.open_options(network) == [max(losses, key=lambda option: losses[option])]
     weights = {n: p for n, p in whole.named_parameters() if not n.startswith(("alphas", "betas"))}
     now = dict(network.named_parameters())
