@@ -17,7 +17,7 @@ from posefabric.cli_data import data_app
 from posefabric.cli_output import counter, print_table, say
 from posefabric.cli_output import show as show_table
 from posefabric.cli_posenfs import import_posenfs, reference
-from posefabric.cli_study import paper, study
+from posefabric.cli_study import oracle, paper, study
 from posefabric.cli_train import Out, RunPath, derive, search, train
 from posefabric.distributed import from_first, is_first, joined, launched
 from posefabric.structures import PosefabricError
@@ -36,6 +36,7 @@ app.command(import_posenfs)
 app.command(reference)
 app.command(paper)
 app.command(study)
+app.command(oracle)
 app.command(bench)
 app.command(latency)
 

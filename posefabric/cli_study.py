@@ -70,3 +70,36 @@ def study(
     from posefabric.study.study import run_study
 
     run_study(file, overrides, out=out, jobs=jobs, table=table, final=final, say=say)
+
+
+def oracle(
+    config: str,
+    /,
+    *overrides: str,
+    out: Annotated[Path, Parameter(help="the folder to write, or to go on with")],
+    strategies: Annotated[
+        tuple[str, ...], Parameter(help="searches to hold against it", consume_multiple=True)
+    ] = ("synchronous",),
+    fused: Annotated[int, Parameter(help="architectures with several sources a cell, too")] = 0,
+    seeds: int = 1,
+) -> None:
+    """Train every one-path architecture of one part's space; how well do searches rank them?
+
+    Parameters
+    ----------
+    config
+        A shipped name or a YAML file, with model.parts=1; finetune is each one's training.
+    """
+    from posefabric.study.oracle import run_oracle
+
+    path = run_oracle(
+        config,
+        overrides,
+        out=out,
+        strategies=strategies,
+        fused_count=fused,
+        seeds=seeds,
+        say=say,
+    )
+    say(path.read_text())
+    say(f"written: {path}")

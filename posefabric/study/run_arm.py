@@ -15,6 +15,7 @@ from posefabric.data.pipeline import open_dataset
 from posefabric.deploy.latency import ensure_table
 from posefabric.derive.run_derive import derive, finetune
 from posefabric.models.build import build_baseline, build_supernet, load_network
+from posefabric.models.supernet import Supernet
 from posefabric.run import RunFolder
 from posefabric.run.environment import describe_environment
 from posefabric.run.header import now
@@ -79,9 +80,9 @@ def _search_derive_finetune(
 ) -> RunFolder:
     run = _search(path, config, reference, stopping)
     _go_on(path, stopping)
-    derived = _derived(run, config)
+    derived = derived_of(run, config)
     _go_on(path, stopping)
-    return _finetuned(derived, config)
+    return finetuned_of(derived, config)
 
 
 def _train(
@@ -94,11 +95,11 @@ def _train(
     architecture), derived by the section ``derive`` and trained from the start.
     """
     if config.model.network == "fabric":
-        derived = _derived(_drawn(path, config), config)
+        derived = derived_of(drawn_run(path, config, _as_the_strategy_begins(config)), config)
         if reference is not None:
             macs = network_macs(load_network(derived), config)
             config = _with_compute_of(reference, config, macs)
-        return _finetuned(derived, config)
+        return finetuned_of(derived, config)
     if reference is not None:
         network = build_baseline(config, pretrained=False)
         config = _with_compute_of(reference, config, network_macs(network, config))
@@ -116,21 +117,27 @@ STEPS: dict[str, Callable[..., RunFolder]] = {
 }
 
 
-def _drawn(path: Path, config: Config) -> RunFolder:
-    """A search of no steps: alpha and beta as the strategy prepares them, weights as they begin."""
+def drawn_run(path: Path, config: Config, prepare: Callable[[Supernet], None]) -> RunFolder:
+    """A search of no steps: alpha and beta as ``prepare`` sets them, weights as they begin."""
     run = RunFolder.create(path, config=config, kind="search", exist_ok=True)
     if run.state != "finished":
         ensure_table(run, config)
         network = build_supernet(config)
-        strategy = STRATEGIES[config.search.strategy](config.search)
-        strategy.prepare(network, torch.Generator().manual_seed(config.seed))
+        prepare(network)
         save_weights(run.weights_path, network)
         run.write_text(run.architecture_path.name, network.architecture().to_json())
         run.set_state("finished", train_seconds=0.0)
     return run
 
 
-def _derived(run: RunFolder, config: Config) -> RunFolder:
+def _as_the_strategy_begins(config: Config) -> Callable[[Supernet], None]:
+    strategy = STRATEGIES[config.search.strategy](config.search)
+    generator = torch.Generator().manual_seed(config.seed)
+    return lambda network: strategy.prepare(network, generator)
+
+
+def derived_of(run: RunFolder, config: Config) -> RunFolder:
+    """The compact network of a search run; the one it has, if it is finished."""
     for child in run.children():
         if child.kind == "derive" and child.state == "finished":
             return child
@@ -140,7 +147,8 @@ def _derived(run: RunFolder, config: Config) -> RunFolder:
     return child
 
 
-def _finetuned(derived: RunFolder, config: Config) -> RunFolder:
+def finetuned_of(derived: RunFolder, config: Config) -> RunFolder:
+    """The training of a compact network; the one that was begun, taken up."""
     begun = [child for child in derived.children() if child.kind == "train"]
     if begun:
         child = RunFolder.create(begun[-1].path, config=config, kind="train", exist_ok=True)
