@@ -86,8 +86,8 @@ def test_what_a_step_sees(tmp_path: Path) -> None:
     assert seen["train"] | seen["held_out"] == set(range(16))
     for side in sides.values():
         assert all(len({*side[i], *side[i + 1]}) == 8 for i in (0, 2, 4)), "an epoch is 2 steps"
-    rates = [set(e.rates.values()) for e in watching.evidence]
-    assert rates == [{1e-3}] * 3 + [{1e-3 * 0.1}] * 3
+    rates = [{round(rate, 9) for rate in e.rates.values()} for e in watching.evidence]
+    assert rates == [{1e-3, 1e-2}] * 3 + [{1e-4, 1e-3}] * 3, "the heads' are ten times the others'"
     named = dict(trainer.network.named_parameters())
     assert set(watching.evidence[0].rates) == set(named) - set(architecture(named))  # type: ignore[arg-type]
     assert all(not p.requires_grad for p in architecture(named).values())  # type: ignore[arg-type]
