@@ -60,7 +60,8 @@ def test_every_module_and_data_file_of_the_source_is_inside(wheel):
     with zipfile.ZipFile(wheel) as archive:
         inside = {name for name in archive.namelist() if not name.endswith("/")}
     package = ROOT / "posefabric"
-    expected = {f"posefabric/{name}" for name in files_of(package, "*.py", "*.yaml", "*.txt")}
+    kinds = ("*.py", "*.yaml", "*.txt", "*.cpp")
+    expected = {f"posefabric/{name}" for name in files_of(package, *kinds)}
     packaged = {name for name in inside if ".dist-info/" not in name}
     assert packaged == expected
     # The comparison above is only as good as the source folder; these must be there.
@@ -69,6 +70,7 @@ def test_every_module_and_data_file_of_the_source_is_inside(wheel):
         "posefabric/skeletons/lsp14.yaml",
         "posefabric/configs/demo.yaml",
         "posefabric/data/ids/lspet_test.txt",
+        "posefabric/models/kernels.cpp",
     ):
         assert needed in inside
     assert not [name for name in inside if "test_" in name or name.startswith("tests/")]
