@@ -9,6 +9,7 @@ import numpy as np
 
 from posefabric.config import Config
 from posefabric.data.pipeline import has_data, open_dataset
+from posefabric.distributed import place
 from posefabric.models.build import choose_device
 from posefabric.models.network import PoseNetwork
 from posefabric.structures import PersonDataset
@@ -21,11 +22,13 @@ def make_measure(config: Config) -> Measure | None:
     """Measures networks on the same ``derive.gap_persons`` validation persons, without flip test.
 
     The persons are spread evenly over the split. Returns a function from a network to its
-    headline figures (PCK, PCKh, AP: shares of 1); None where no persons are asked for, or the
-    run names no data (one made from a released checkpoint). Raises what opening the data raises.
+    headline figures (PCK, PCKh, AP: shares of 1); None where no persons are asked for, in one of
+    several processes, or where the run names no data (one made from a released checkpoint). Raises
+    what opening the data raises.
     """
     count = config.derive.gap_persons
-    if count == 0 or not has_data(config.data):
+    # One process derives while the others wait, and a measurement would need them all.
+    if count == 0 or place().ranks > 1 or not has_data(config.data):
         return None
     dataset = spread(open_dataset(config.data, "val", evaluating=True), count)
     device = choose_device(config.device)
