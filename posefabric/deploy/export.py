@@ -147,10 +147,12 @@ def require_export() -> Any:
     return onnxruntime
 
 
-def open_bytes(model: bytes) -> Any:
-    """An onnxruntime session on the CPU."""
+def open_bytes(model: bytes, *, threads: int | None = None) -> Any:
+    """An onnxruntime session on the CPU; ``threads``: none: as onnxruntime chooses."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from posefabric.run import RunFolder, write_atomic
 from posefabric.run.environment import describe_environment
 from posefabric.space.architecture import Architecture
 from posefabric.space.latency import TABLE_NAME, LatencyTable, Piece, Recorder
+from posefabric.structures import PosefabricError
 
 FITTED = 10  # whole networks that the pieces' sums are fitted to
 ROUNDS, WARMUP = 25, 3
@@ -47,10 +49,22 @@ def ensure_table(run: RunFolder, config: Config, *, say: Say = lambda text: None
         return
     if config.search.latency_table is not None:
         table = LatencyTable.load(Path(config.search.latency_table))
+        _check_conditions(table, config)
     else:
         say(f"latency budget: timing this device's pieces in {config.search.latency_runtime}")
         table = measure_table(config, say=say)
     run.write_text(TABLE_NAME, table.to_json())
+
+
+def _check_conditions(table: LatencyTable, config: Config) -> None:
+    own = config.search
+    wanted = {"runtime": own.latency_runtime, "threads": own.latency_threads}
+    for name, value in wanted.items():
+        if getattr(table, name) != value:
+            raise PosefabricError(
+                f"{own.latency_table}: was measured with {name} {getattr(table, name)}, but "
+                f"search.latency_{name}={value}; set that option, or measure another table"
+            )
 
 
 def wants_table(config: Config) -> bool:
@@ -64,10 +78,15 @@ def measure_table(config: Config, *, fitted: int = FITTED, say: Say) -> LatencyT
 
     By ``search.latency_runtime`` and ``search.latency_threads``; for one picture. The networks
     are drawn at random from the space, by a fixed seed. Raises PosefabricError when the runtime
-    is not installed.
+    is not installed, and for a fabric backbone.
     """
     runtime, threads = config.search.latency_runtime, config.search.latency_threads
     mixture = build_supernet(config, pretrained=False)
+    if mixture.graph.backbone.fabric is not None:
+        raise PosefabricError(
+            f"model.backbone={config.model.backbone}: the pieces of a fabric backbone are not "
+            f"timed; use a budget on macs or params"
+        )
     pieces = sorted(space_pieces(mixture.graph))
     with torch_threads(threads):
         say(f"timing {len(pieces)} pieces, then {fitted} whole networks")
@@ -86,11 +105,10 @@ def measure_table(config: Config, *, fitted: int = FITTED, say: Say) -> LatencyT
     )
     sums = [whole_cost(graph, raw).ms for graph in graphs]
     overhead, factor = fit_line(sums, measured)
-    tree = {**raw.__dict__, "factor": factor, "overhead_ms": overhead}
     facts = {"networks": fitted, "rounds": ROUNDS, **agreement(
         [overhead + factor * value for value in sums], measured
     )}  # fmt: skip
-    return LatencyTable(**{**tree, "fitted": facts})
+    return replace(raw, factor=factor, overhead_ms=overhead, fitted=facts)
 
 
 def check_table(table: LatencyTable, config: Config, *, count: int, seed: int = 0) -> LatencyTable:
@@ -102,7 +120,7 @@ def check_table(table: LatencyTable, config: Config, *, count: int, seed: int = 
     predicted = [whole_cost(graph, table).ms for graph in graphs]
     facts: dict[str, Any] = {"networks": count, "seed": seed, **agreement(predicted, measured)}
     facts.update(predicted_ms=predicted, measured_ms=measured)
-    return LatencyTable(**{**table.__dict__, "checked": facts})
+    return replace(table, checked=facts)
 
 
 def agreement(predicted: Sequence[float], measured: Sequence[float]) -> dict[str, float]:
@@ -111,7 +129,7 @@ def agreement(predicted: Sequence[float], measured: Sequence[float]) -> dict[str
     return {
         "median_error": statistics.median(errors),
         "largest_error": max(errors),
-        "spearman": float(spearmanr(predicted, measured)[0]),  # type: ignore[arg-type],
+        "spearman": float(spearmanr(predicted, measured)[0]),  # type: ignore[arg-type]
     }
 
 

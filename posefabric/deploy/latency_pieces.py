@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from posefabric.deploy.export import require_export
+from posefabric.deploy.export import open_bytes, require_export
 from posefabric.models.backbones import make_backbone
 from posefabric.space.cell import build_source
 from posefabric.space.latency import Piece
@@ -116,19 +116,14 @@ def _torch_run(module: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], fl
 def _onnxruntime_run(
     module: nn.Module, inputs: tuple[Tensor, ...], threads: int
 ) -> Callable[[], float]:
-    onnxruntime = require_export()
+    require_export()
     # The older exporter takes a tenth of the newer one's time; only the clock reads this graph.
     file: Any = io.BytesIO()
     names = [f"input{place}" for place in range(len(inputs))]
     with warnings.catch_warnings(), _without_gradients(module):
         warnings.simplefilter("ignore")
         torch.onnx.export(module, inputs, file, input_names=names, opset_version=18, dynamo=False)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(
-        file.getvalue(), options, providers=["CPUExecutionProvider"]
-    )
+    session = open_bytes(file.getvalue(), threads=threads)
     # What nothing reads has left the graph.
     read = {entry.name for entry in session.get_inputs()}
     feeds = {name: x.numpy() for name, x in zip(names, inputs, strict=True) if name in read}

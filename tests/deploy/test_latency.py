@@ -87,12 +87,14 @@ def test_a_graph_has_a_piece_for_each_module_of_its_network() -> None:
     kinds = Counter(piece.kind for piece in counting.seen.elements())
     network = build_compact(graph)
     cells = [cell for part in graph.parts for cell in part.cells if cell.edges]
-    choices = [c for cell in cells for edge in cell.edges for c in edge.choices]
     assert kinds["backbone"] == 1
-    # Costs of equal pieces are remembered, so that a piece is asked for once or more.
-    assert kinds["operation"] <= len([c for c in choices if c.operation != "zero"])
-    assert {p.name for p in counting.seen if p.kind == "operation"} == {
-        c.operation for c in choices if c.operation != "zero"
+    # Costs of equal pieces are remembered, so that each kind is asked for once.
+    assert {(p.name, p.width_in) for p in counting.seen if p.kind == "operation"} == {
+        (choice.operation, cell.width)
+        for cell in cells
+        for edge in cell.edges
+        for choice in edge.choices
+        if choice.operation != "zero"
     }
     pointwise = {(p.width_in, p.width_out) for p in counting.seen if p.kind == "pointwise"}
     built = {
@@ -168,6 +170,25 @@ def test_a_budget_on_latency_is_kept() -> None:
         assert torch.isfinite(fold(build_compact(found).eval())(images)).all()
     with pytest.raises(PosefabricError, match=r"latency=0.001ms: .* ms by the table; raise"):
         fit_budget(graph, Budget("latency", 0.001), table)
+
+
+def test_a_table_of_other_conditions_is_refused(tmp_path: Path, monkeypatch, capsys) -> None:
+    path = tmp_path / "table.json"
+    path.write_text(table_of(set(), threads=2).to_json())
+    for option, words in (
+        ("search.latency_runtime=onnxruntime", "measured with runtime torch"),
+        ("search.latency_runtime=torch", "measured with threads 2, but search.latency_threads=1"),
+    ):
+        budget = ["--budget", "latency=9ms", f"search.latency_table={path}", option]
+        out = tmp_path / option
+        assert command(monkeypatch, "search", "demo", *SMALL, *budget, "--out", out) == 1
+        assert words in capsys.readouterr().err
+
+
+def test_a_fabric_backbone_is_refused() -> None:
+    config = load_config("demo", [*SMALL, "model.backbone=fabric_1", "model.frozen_stem=false"])
+    with pytest.raises(PosefabricError, match=r"fabric_1: .* not timed; use a budget on macs"):
+        measure_table(config, say=print)
 
 
 def test_what_a_table_does_not_know_it_says() -> None:

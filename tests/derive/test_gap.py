@@ -15,6 +15,7 @@ from posefabric.data.pipeline import open_dataset
 from posefabric.data.synthetic import synthetic_people
 from posefabric.derive.gap import gap_lines, gaps, make_measure, spread
 from posefabric.derive.run_derive import derive
+from posefabric.distributed.launch import Launch
 from posefabric.models.build import build_supernet, load_network
 from posefabric.models.weights import save_weights
 from posefabric.run import RunFolder
@@ -22,6 +23,14 @@ from posefabric.skeletons import load_skeleton
 from posefabric.train.phase import evaluate
 
 COCO17 = load_skeleton("coco17")
+
+
+def test_one_of_several_processes_measures_nothing(monkeypatch) -> None:
+    """It derives alone, and a measurement would wait for the others for ever."""
+    config = with_gap(make_config(), gap_persons=4)
+    assert make_measure(config) is not None
+    monkeypatch.setattr("posefabric.derive.gap.place", lambda: Launch(rank=0, ranks=2))
+    assert make_measure(config) is None
 
 
 def with_gap(config: Config, **settings) -> Config:
