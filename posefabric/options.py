@@ -40,10 +40,10 @@ class ModelConfig(Section):
     operations: tuple[str, ...] = ("zero", "skip", "sep_conv_3x3", "dil_conv_3x3")
     shared_alpha: bool = True
     faithful: bool = False
-    path: Literal["fast", "plain"] = Field(
+    path: Literal["fast", "plain", "compiled"] = Field(
         default="fast",
-        description="how a training step is computed: on compiled CPU kernels, or module by "
-        "module; equal up to rounding",
+        description="how a training step is computed: on the package's CPU kernels, module by "
+        "module, or its cells by torch.compile; equal up to rounding",
     )
     frozen_stem: bool = Field(
         default=False, description="freeze the backbone up to stride 4: a third less time a step"
@@ -92,7 +92,7 @@ class OptimConfig(Section):
     )
     decay: float = Field(default=0.25, gt=0, le=1, description="factor at a milestone")
     warmup: float = Field(
-        default=0.15, ge=0, lt=1, description="rising share of a one-cycle schedule"
+        default=0.15, ge=0, lt=1, description="rising share of a one-cycle or a constant schedule"
     )
     clip_norm: float = Field(default=5.0, gt=0)
     ema: float = Field(

@@ -17,9 +17,8 @@ from posefabric.bench.inference import (
 from posefabric.bench.timing import Arm, Rounds, interleaved
 from posefabric.config import Config
 from posefabric.deploy.export import export_onnx
-from posefabric.derive.discretize import discretize
+from posefabric.derive.draw import draw, kept
 from posefabric.derive.fold import fold
-from posefabric.derive.prune import prune
 from posefabric.derive.transfer import transfer_weights
 from posefabric.models.build import build_baseline, build_supernet
 from posefabric.models.compact import CompactNetwork, build_compact
@@ -30,18 +29,8 @@ from posefabric.skeletons import load_skeleton
 def random_compact(config: Config) -> CompactNetwork:
     """A compact network by the ``derive`` options from a mixture with random alpha and beta."""
     mixture = build_supernet(config).eval()
-    generator = torch.Generator().manual_seed(config.seed)
-    with torch.no_grad():
-        for parameter in mixture.arch_parameters().values():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    settings = config.derive
-    graph = prune(
-        discretize(
-            mixture.architecture(),
-            operations_kept=settings.operations_kept,
-            sources_kept=settings.sources_kept,
-        )
-    )
+    draw(mixture, torch.Generator().manual_seed(config.seed))
+    graph = kept(mixture.architecture(), config.derive)
     compact = build_compact(graph)
     transfer_weights(mixture, compact)
     return compact.eval()

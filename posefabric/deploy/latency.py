@@ -13,15 +13,14 @@ import torch
 from scipy.stats import spearmanr
 
 from posefabric.budget import Budget
-from posefabric.config import Config
+from posefabric.config import Config, DeriveConfig
 from posefabric.data.codec import Codec
 from posefabric.data.pipeline import make_codec
 from posefabric.deploy.latency_pieces import REPEATED, Runtime, make_run, piece_runs
 from posefabric.deploy.onnx_graph import ExportedNetwork
-from posefabric.derive.discretize import discretize
+from posefabric.derive.draw import draw, kept
 from posefabric.derive.fit_budget import backbone_piece, whole_cost
 from posefabric.derive.fold import fold
-from posefabric.derive.prune import prune
 from posefabric.evaluate.profile import interleaved, torch_threads
 from posefabric.models.build import build_supernet
 from posefabric.models.compact import build_compact
@@ -162,16 +161,9 @@ def random_architectures(mixture: Supernet, count: int, *, seed: int) -> Iterato
     """Architectures as derivation leaves them, from random alpha and beta, of all sizes."""
     generator = torch.Generator().manual_seed(seed)
     for place in range(count):
-        with torch.no_grad():
-            for parameter in mixture.arch_parameters().values():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
-        yield prune(
-            discretize(
-                mixture.architecture(),
-                operations_kept=1 + place % 3,
-                sources_kept=1 + (place // 3) % 3,
-            )
-        )
+        draw(mixture, generator)
+        settings = DeriveConfig(operations_kept=1 + place % 3, sources_kept=1 + (place // 3) % 3)
+        yield kept(mixture.architecture(), settings)
 
 
 def time_networks(graphs: Sequence[Architecture], config: Config) -> list[float]:

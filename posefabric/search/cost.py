@@ -54,7 +54,7 @@ class ExpectedCost:
     """
 
     def __init__(self, network: Supernet, budget: Budget, table: Table | None = None) -> None:
-        self.budget = budget
+        self.budget, self.table = budget, table
         graph = network.graph
         self.tables = {part.name: _table(part, graph, budget, table) for part in graph.fabrics}
         rest = whole_cost(graph, table) - fabrics_cost(graph, table)
@@ -67,13 +67,20 @@ class ExpectedCost:
 
     def of_part(self, network: Supernet, name: str) -> Tensor:
         """The expected cost of one part with its head."""
+        return self.of_weights(name, *network.probabilities(name))
+
+    def of_weights(self, name: str, alpha: Tensor, beta: Tensor) -> Tensor:
+        """(...): the cost of a part whose options are taken with these probabilities.
+
+        ``alpha`` (..., cells or 1, edges, operations), ``beta`` (..., cells, 3). Ones for what is
+        open and zeros for the rest give what a network that keeps all of it costs.
+        """
         table = self.tables[name]
-        alpha, beta = network.probabilities(name)
         live = _liveness(table, beta)
         cells = table.operations.shape[0]
-        alpha = alpha.expand(cells, -1, -1)
-        each = (alpha * table.operations[:, None]).sum((1, 2)) + (beta * table.sources).sum(1)
-        total = (torch.stack(live) * (each + table.keep)).sum()
+        alpha = alpha.expand(*alpha.shape[:-3], cells, -1, -1)
+        each = (alpha * table.operations[:, None]).sum((-1, -2)) + (beta * table.sources).sum(-1)
+        total = (torch.stack(live, -1) * (each + table.keep)).sum(-1)
         for level, cost in table.reduce.items():
             total = total + cost * _read(table.levels[level], live, beta)
         return total + table.head
@@ -81,7 +88,7 @@ class ExpectedCost:
 
 def _liveness(table: _PartTable, beta: Tensor) -> list[Tensor]:
     count = table.operations.shape[0]
-    live: list[Tensor] = [beta.new_tensor(1.0)] * count
+    live: list[Tensor] = [beta.new_ones(beta.shape[:-2])] * count
     for row in reversed(range(count)):
         if row not in table.outputs:
             live[row] = _read(table.feeds[row], live, beta)
@@ -90,9 +97,9 @@ def _liveness(table: _PartTable, beta: Tensor) -> list[Tensor]:
 
 def _read(readers: list[tuple[int, int]], live: list[Tensor], beta: Tensor) -> Tensor:
     """The probability that one of the readers is live and takes this source."""
-    none = beta.new_tensor(1.0)
+    none = beta.new_ones(beta.shape[:-2])
     for row, slot in readers:
-        none = none * (1 - live[row] * beta[row, slot])
+        none = none * (1 - live[row] * beta[..., row, slot])
     return 1 - none
 
 

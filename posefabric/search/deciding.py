@@ -9,6 +9,8 @@ from torch import Tensor
 
 from posefabric.budget import Budget
 from posefabric.config import SearchConfig
+from posefabric.derive.fit_budget import whole_cost
+from posefabric.derive.prune import prune
 from posefabric.models.supernet import Supernet
 from posefabric.search.cost import ExpectedCost
 from posefabric.space.latency import LatencyTable
@@ -52,12 +54,14 @@ class Deciding(Strategy):
         return share * torch.stack(terms).sum() if share and terms else None
 
     def readings(self, network: Supernet) -> dict[str, float]:
+        found = network.entropies()
+        # What a step computes forward: everything that weighs something.
+        found["mixture_macs"] = whole_cost(prune(network.architecture())).macs
         expected = self._expected_cost(network)
-        if expected is None:
-            return network.entropies()
-        with torch.no_grad():
-            cost = float(expected(network))
-        return {**network.entropies(), f"expected_{expected.budget.measure}": cost}
+        if expected is not None:
+            with torch.no_grad():
+                found[f"expected_{expected.budget.measure}"] = float(expected(network))
+        return found
 
     def _expected_cost(self, network: Supernet) -> ExpectedCost | None:
         if self.config.budget is None:

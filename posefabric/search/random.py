@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from posefabric.derive.draw import draw
 from posefabric.models.supernet import Supernet
 from posefabric.search.uniform import Uniform
 
@@ -15,6 +16,4 @@ class Random(Uniform):
 
     def prepare(self, network: Supernet, generator: torch.Generator) -> None:
         super().prepare(network, generator)
-        with torch.no_grad():
-            for _, parameter in sorted(network.arch_parameters().items()):
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        draw(network, generator)

@@ -12,6 +12,7 @@ from posefabric.search.closing import (
     left_open,
     probabilities,
 )
+from posefabric.search.falling_cost import FallingCost
 from posefabric.search.synchronous import Synchronous
 
 
@@ -22,9 +23,13 @@ class Shrinking(Synchronous):
     in equal intervals, until ``operations_left`` and ``sources_left`` are open; ``zero`` is never
     the last. A step gets cheaper with every option that is gone, and the rest of the search trains
     what is left, which derivation keeps as it is.
+
+    With ``budget`` the cost of what is open falls too, by equal factors, from the mixture's to the
+    budget: what weighs least for its cost goes, wherever it is (falling_cost.py).
     """
 
     name = "shrinking"
+    _falling: FallingCost | None = None
 
     def schedule(self, network: Supernet, progress: float) -> None:
         super().schedule(network, progress)
@@ -35,6 +40,10 @@ class Shrinking(Synchronous):
             surplus = max(0, choice.existing(network) - left)
             allowed = choice.existing(network) - math.floor(surplus * share + 0.5 + 1e-9)
             _close_least_likely(network, choice, allowed, left)
+        expected = self._expected_cost(network) if share else None
+        if expected is not None:
+            self._falling = self._falling or FallingCost(network, expected)
+            self._falling.close_down_to(network, self._falling.limit(share))
 
 
 def _close_least_likely(network: Supernet, choice: Choice, allowed: int, left: int) -> None:

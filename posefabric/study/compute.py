@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 from posefabric.config import Config
 from posefabric.data.pipeline import open_dataset
 from posefabric.evaluate.profile import count_macs
+from posefabric.models.build import load_network
 from posefabric.models.network import PoseNetwork
+from posefabric.run import RunFolder
 
 # Forward and backward passes a step of the weights comes with (docs/method.md).
 PASSES = {"first_order": 2, "second_order": 5}
@@ -27,6 +30,17 @@ def network_macs(network: PoseNetwork, config: Config) -> int:
     device = next(network.parameters()).device
     with torch.no_grad():
         return count_macs(lambda: network(torch.zeros(1, 3, height, width, device=device)))
+
+
+def training_macs(run: RunFolder) -> int:
+    """Forward multiply-adds of one picture in a run's training.
+
+    Of a search that closes options while it trains: the mean over its logged steps.
+    """
+    logged = [record["mixture_macs"] for record in run.metrics() if "mixture_macs" in record]
+    if run.kind == "search" and logged:
+        return round(statistics.fmean(logged))
+    return network_macs(load_network(run), run.config)
 
 
 def total_cost(phases: Iterable[Mapping[str, Any]]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -223,6 +223,7 @@ def plan_runs(study: StudyFile, given: Sequence[str] = ()) -> list[PlannedRun]:
     budgets = study.budgets or {"": []}
     planned: list[PlannedRun] = []
     for budget, budget_overrides in budgets.items():
+        first: dict[str, str] = {}
         for seed in study.seeds:
             made: dict[str, PlannedRun] = {}
             # Runs at equal compute need the key of the search they are measured by.
@@ -234,7 +235,7 @@ def plan_runs(study: StudyFile, given: Sequence[str] = ()) -> list[PlannedRun]:
                     continue
                 overrides = (*study.overrides, *budget_overrides, *arm.overrides, f"seed={seed}")
                 config = _checked_config(study, (*overrides, *given), arm, name)
-                reference = made[study.reference_of(arm_name)].key if equal else None
+                reference = _reference(study.reference_of(arm_name), made, first) if equal else None
                 made[name] = PlannedRun(
                     arm=name,
                     steps=arm.steps,
@@ -247,7 +248,20 @@ def plan_runs(study: StudyFile, given: Sequence[str] = ()) -> list[PlannedRun]:
                     reference=reference,
                 )
             planned += made.values()
+            first = {**{name: run.key for name, run in made.items()}, **first}
     return planned
+
+
+def _reference(name: str, made: Mapping[str, PlannedRun], first: Mapping[str, str]) -> str:
+    """The key of an arm's run of the same seed, or, where it has none, of its first."""
+    if name in made:
+        return made[name].key
+    if name in first:
+        return first[name]
+    raise PosefabricError(
+        f"arm {name}: others are to be given its compute, but its seeds begin after theirs; give "
+        f"it the study's first seed"
+    )
 
 
 def _checked_config(study: StudyFile, overrides: Sequence[str], arm: Arm, name: str) -> Config:

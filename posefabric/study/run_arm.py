@@ -10,9 +10,12 @@ from typing import Any
 
 import torch
 
+from posefabric.budget import Budget
 from posefabric.config import Config, with_overrides
 from posefabric.data.pipeline import open_dataset
 from posefabric.deploy.latency import ensure_table
+from posefabric.derive.draw import draw_within
+from posefabric.derive.fit_budget import latency_table
 from posefabric.derive.run_derive import derive, finetune
 from posefabric.models.build import build_baseline, build_supernet, load_network
 from posefabric.models.supernet import Supernet
@@ -21,7 +24,13 @@ from posefabric.run.environment import describe_environment
 from posefabric.run.header import now
 from posefabric.search.run_search import STRATEGIES, search
 from posefabric.study.commands import commands_of
-from posefabric.study.compute import epochs_for, network_macs, passes_of, total_cost
+from posefabric.study.compute import (
+    epochs_for,
+    network_macs,
+    passes_of,
+    total_cost,
+    training_macs,
+)
 from posefabric.study.measure import measure_split
 from posefabric.study.plan import PlannedRun
 from posefabric.train.checkpoint import save_weights
@@ -95,7 +104,7 @@ def _train(
     architecture), derived by the section ``derive`` and trained from the start.
     """
     if config.model.network == "fabric":
-        derived = derived_of(drawn_run(path, config, _as_the_strategy_begins(config)), config)
+        derived = derived_of(drawn_run(path, config), config)
         if reference is not None:
             macs = network_macs(load_network(derived), config)
             config = _with_compute_of(reference, config, macs)
@@ -117,23 +126,36 @@ STEPS: dict[str, Callable[..., RunFolder]] = {
 }
 
 
-def drawn_run(path: Path, config: Config, prepare: Callable[[Supernet], None]) -> RunFolder:
-    """A search of no steps: alpha and beta as ``prepare`` sets them, weights as they begin."""
+def drawn_run(
+    path: Path, config: Config, prepare: Callable[[Supernet], None] | None = None
+) -> RunFolder:
+    """A search of no steps: weights as they begin, alpha and beta as ``prepare`` sets them.
+
+    ``prepare``: none, as the strategy begins; a random one under a budget is drawn until its
+    derived network costs that much.
+    """
     run = RunFolder.create(path, config=config, kind="search", exist_ok=True)
     if run.state != "finished":
         ensure_table(run, config)
         network = build_supernet(config)
-        prepare(network)
+        if prepare is None:
+            _begin(network, run)
+        else:
+            prepare(network)
         save_weights(run.weights_path, network)
         run.write_text(run.architecture_path.name, network.architecture().to_json())
         run.set_state("finished", train_seconds=0.0)
     return run
 
 
-def _as_the_strategy_begins(config: Config) -> Callable[[Supernet], None]:
-    strategy = STRATEGIES[config.search.strategy](config.search)
+def _begin(network: Supernet, run: RunFolder) -> None:
+    config = run.config
     generator = torch.Generator().manual_seed(config.seed)
-    return lambda network: strategy.prepare(network, generator)
+    STRATEGIES[config.search.strategy](config.search).prepare(network, generator)
+    budget = config.derive.budget or config.search.budget
+    if config.search.strategy == "random" and budget is not None:
+        table = latency_table(run, budget)
+        draw_within(network, generator, config.derive, Budget.parse(budget), table)
 
 
 def derived_of(run: RunFolder, config: Config) -> RunFolder:
@@ -236,7 +258,7 @@ def _phases(finished: RunFolder) -> list[dict[str, Any]]:
                 "steps": steps,
                 "persons": steps * min(section.batch_size, persons),
                 "passes": passes,
-                "macs": network_macs(load_network(run), run.config),
+                "macs": training_macs(run),
                 "seconds": result["train_seconds"],
                 "cpu_seconds": result["train_cpu_seconds"],
                 "precision": result["train_precision"],

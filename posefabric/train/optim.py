@@ -56,9 +56,9 @@ def head_factor(config: OptimConfig, network: nn.Module) -> float:
 
 def rate_factor(config: OptimConfig, progress: float) -> float:
     """The learning rate's factor at ``progress`` 0..1 of the phase."""
+    if config.schedule != "steps" and progress < config.warmup:
+        return 0.04 + 0.96 * (1 - math.cos(math.pi * progress / config.warmup)) / 2
     if config.schedule == "one_cycle":
-        if progress < config.warmup:
-            return 0.04 + 0.96 * (1 - math.cos(math.pi * progress / config.warmup)) / 2
         late = (progress - config.warmup) / (1 - config.warmup)
         return 1e-3 + (1 - 1e-3) * (1 + math.cos(math.pi * min(late, 1.0))) / 2
     if config.schedule == "steps":

@@ -20,6 +20,7 @@ from posefabric.distributed import gather, place
 from posefabric.evaluate.kept import save_predictions
 from posefabric.evaluate.runner import evaluate_network
 from posefabric.models.build import choose_device
+from posefabric.models.compiled import compiled_path
 from posefabric.models.grouped import fast_path
 from posefabric.models.network import PoseNetwork
 from posefabric.run import RunFolder
@@ -122,7 +123,9 @@ def train_phase(
 
 def choose_path(network: PoseNetwork, config: Config, device: torch.device) -> None:
     """Switch a network to the path that ``model.path`` names, where the device has it."""
-    if config.model.path == "fast" and device.type == "cpu":
+    if config.model.path == "compiled":
+        compiled_path(network, device)
+    elif config.model.path == "fast" and device.type == "cpu":
         fast_path(network)
 
 

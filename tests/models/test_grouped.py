@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -48,8 +49,14 @@ def trained(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
 
 def assert_equal(network: nn.Module, images: Tensor) -> None:
+    assert_equal_path(network, images, fast_path)
+
+
+def assert_equal_path(
+    network: nn.Module, images: Tensor, path: Callable[[nn.Module], nn.Module]
+) -> None:
     network = network.double()
-    fast = fast_path(copy.deepcopy(network).to(memory_format=torch.channels_last))
+    fast = path(copy.deepcopy(network).to(memory_format=torch.channels_last))
     expected = trained(network, images)
     found = trained(fast, images.contiguous(memory_format=torch.channels_last))
     assert found.keys() == expected.keys()

@@ -71,7 +71,10 @@ def test_steps_and_constant() -> None:
     values = {0.0: 1, 0.449: 1, 0.45: 0.25, 0.6: 0.0625, 0.74: 0.0625, 0.75: 0.015625, 1: 0.015625}
     for progress, factor in values.items():
         assert rate_factor(config, progress) == factor
-    assert rate_factor(OptimConfig(schedule="constant"), 0.9) == 1.0
+    constant = OptimConfig(schedule="constant", warmup=0.2)
+    assert rate_factor(constant, 0.0) == pytest.approx(0.04)
+    assert rate_factor(constant, 0.1) == pytest.approx(0.52)
+    assert rate_factor(constant, 0.2) == rate_factor(constant, 0.9) == 1.0
 
 
 def test_the_optimiser_is_adamw_by_the_formula() -> None:
