@@ -138,6 +138,7 @@ class SearchConfig(OptimConfig):
         "gumbel",
         "gates",
         "beta_decay",
+        "partial_channels",
         "perturbation",
         "shrinking",
     ] = "synchronous"
@@ -146,6 +147,12 @@ class SearchConfig(OptimConfig):
     )
     beta_decay_weight: float = Field(
         default=25.0, ge=0, description="beta_decay: final weight of the logits' log-sum-exp"
+    )
+    partial_share: float = Field(
+        default=0.25, gt=0, le=1, description="partial_channels: of a cell's channels, a step"
+    )
+    partial_until: float = Field(
+        default=0.5, ge=0, le=1, description="partial_channels: share of the search that is partial"
     )
     operations_left: int = Field(
         default=1, ge=1, description="perturbation, shrinking: operations an edge ends with"

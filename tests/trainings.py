@@ -57,7 +57,11 @@ CASES: dict[str, dict[str, Any]] = {
     "gumbel": dict(search=dict(strategy="gumbel", temperature_end=0.5)),
     "gates": dict(search=dict(strategy="gates", sparsity=0.1, source_sparsity=0.1)),
     "beta_decay": dict(search=dict(strategy="beta_decay")),
+    "partial_channels": dict(search=dict(strategy="partial_channels")),
     "shrinking": dict(search=dict(strategy="shrinking", architecture_start=0.2)),
+    "shrinking_to_a_budget": dict(
+        search=dict(strategy="shrinking", architecture_start=0.2, sources_left=3, budget="macs=9M")
+    ),
     "perturbation": dict(search=dict(strategy="perturbation", epochs=5.0)),
     "second_order": dict(search=dict(strategy="second_order", epochs=5.0)),
     "bf16": dict(search=dict(precision="bf16"), model=dict(head="vector", frozen_stem=True)),

@@ -17,6 +17,7 @@ from posefabric.deploy.charts import Series
 from posefabric.deploy.export_text import cells_of, headers_of, measure_names, table_caption
 from posefabric.deploy.metro import architecture_image, describe_architecture
 from posefabric.deploy.report import Cell, Section
+from posefabric.deploy.report_cost import cost_section
 from posefabric.deploy.report_headline import (
     NONE,
     Networks,
@@ -68,6 +69,7 @@ def report_sections_from(
     sections = [headline_section(networks), facts_section(facts)]
     for section in (
         fabrics_section(networks),
+        cost_section(networks),
         curves_section(records or {}),
         joints_section(networks),
         parts_section(networks),

@@ -13,6 +13,7 @@ from posefabric.search.beta_decay import BetaDecay
 from posefabric.search.bilevel import FirstOrder, SecondOrder
 from posefabric.search.gates import Gates
 from posefabric.search.gumbel import Gumbel
+from posefabric.search.partial_channels import PartialChannels
 from posefabric.search.perturbation import Perturbation
 from posefabric.search.random import Random
 from posefabric.search.shrinking import Shrinking
@@ -30,6 +31,7 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "gumbel": Gumbel,
     "gates": Gates,
     "beta_decay": BetaDecay,
+    "partial_channels": PartialChannels,
     "perturbation": Perturbation,
     "shrinking": Shrinking,
 }

@@ -98,22 +98,30 @@ class Cell(nn.Module):
         """
         if not self.graph.edges:
             return self._constant_map(finest)
-        total: Tensor | None = None
-        for source, weight in zip(self.graph.sources, source_weights, strict=True):
-            if is_zero(weight):
-                continue
-            total = add(total, self.sources[str(source.slot)](inputs[source.scale]), weight)
-        assert total is not None, "a cell's source weights are never all zero"
-        hidden = {0: functional.relu(total)}
+        hidden = {0: self.enter(inputs, source_weights)}
         for edge, weights in zip(self.graph.edges, choice_weights, strict=True):
             choices = self.edges[edge_name(edge)]
             assert isinstance(choices, nn.ModuleDict)
             for choice, weight in zip(edge.choices, weights, strict=True):
                 if choice.operation == "zero" or is_zero(weight):
                     continue
-                value = choices[choice.operation](_node(hidden, edge.start))
+                value = choices[choice.operation](node_of(hidden, edge.start))
                 hidden[edge.end] = add(hidden.get(edge.end), value, weight)
-        nodes = [_node(hidden, node) for node in self.nodes]
+        return self.leave(hidden)
+
+    def enter(self, inputs: Mapping[int, Tensor], source_weights: Sequence[Weight]) -> Tensor:
+        """Node 0: the weighted sum of the sources, rectified."""
+        total: Tensor | None = None
+        for source, weight in zip(self.graph.sources, source_weights, strict=True):
+            if is_zero(weight):
+                continue
+            total = add(total, self.sources[str(source.slot)](inputs[source.scale]), weight)
+        assert total is not None, "a cell's source weights are never all zero"
+        return functional.relu(total)
+
+    def leave(self, hidden: Mapping[int, Tensor]) -> Tensor:
+        """The cell's output from its nodes."""
+        nodes = [node_of(hidden, node) for node in self.nodes]
         joined = nodes[0] if len(nodes) == 1 else torch.cat(nodes, dim=1)
         return self.norm(self.keep(joined))
 
@@ -123,7 +131,7 @@ class Cell(nn.Module):
         return self.constant.to(finest.dtype).expand(batch, -1, height // factor, width // factor)
 
 
-def _node(hidden: Mapping[int, Tensor], node: int) -> Tensor:
+def node_of(hidden: Mapping[int, Tensor], node: int) -> Tensor:
     """A node that nothing reaches is zero, which an operation need not map to zero."""
     return hidden[node] if node in hidden else torch.zeros_like(hidden[0])
 

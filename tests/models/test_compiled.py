@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from networks import make_supernet, noise
-from test_grouped import assert_equal_path, trained
+from test_grouped import assert_equal_path
 from torch._dynamo.utils import counters
 
 from posefabric.models import compiled
@@ -50,15 +50,13 @@ def step(network: Supernet) -> None:
     network.train()(noise(2, 3, 64, 64)).sum().backward()
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [{}, dict(hidden_nodes=2, relaxation="sparsemax", shared_alpha=False), dict(faithful=True)],
-)
+@pytest.mark.parametrize("shape", [dict(hidden_nodes=2, shared_alpha=False), dict(faithful=True)])
 def test_it_equals_the_plain_path(shape: dict, traced: None) -> None:
     network = make_supernet(**shape)
     assert_equal_path(network, noise(2, 3, 64, 64), lambda n: compiled_path(n, CPU))
 
 
+@pytest.mark.slow
 def test_machine_code_equals_the_plain_path() -> None:
     """The last cell alone: a minute's work otherwise."""
     network = make_supernet(first_layer=5, parts={"all": (0, 1, 2, 3)})
@@ -72,8 +70,7 @@ def test_parts_share_what_is_compiled_and_nothing_is_compiled_again(traced: None
     assert len(two.graph.parts) == 2
     step(compiled_path(one, CPU))  # type: ignore[arg-type]
     kinds = graphs()
-    cells = [c for c in one.graph.parts[0].cells]
-    assert 1 < kinds < len(cells)
+    assert 1 < kinds < len(one.graph.parts[0].cells)
     torch.compiler.reset()
     counters.clear()
     compiled_path(two, CPU)
@@ -100,12 +97,11 @@ def test_evaluation_is_the_plain_one(traced: None) -> None:
     assert graphs() == 0
 
 
-def test_names_and_state_stay(traced: None) -> None:
+def test_names_and_state_stay() -> None:
     network = make_supernet()
     before = list(network.state_dict())
     compiled_path(network, CPU)
     assert list(network.state_dict()) == before
-    assert trained(network.double(), noise(2, 3, 64, 64)).keys() >= {"output"}
 
 
 def test_without_a_compiler_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from networks import make_supernet
 from trainings import make_config, make_trainer
 
 from posefabric.config import SearchConfig
+from posefabric.derive.fit_budget import whole_cost
 from posefabric.derive.prune import prune
 from posefabric.derive.transfer import transfer_weights
 from posefabric.models.build import build_supernet
@@ -52,6 +53,7 @@ def test_every_option_has_its_strategy() -> None:
         "gumbel",
         "gates",
         "beta_decay",
+        "partial_channels",
         "perturbation",
         "shrinking",
     }
@@ -176,7 +178,8 @@ def test_the_penalty_rises_and_drives_to_decisions() -> None:
     after = network.entropies()
     assert after["alpha_entropy"] < 0.7 * before["alpha_entropy"]
     assert after["beta_entropy"] < 0.7 * before["beta_entropy"]
-    assert strategy.readings(network) == after
+    whole = {"mixture_macs": whole_cost(prune(network.architecture())).macs}
+    assert strategy.readings(network) == after | whole
 
 
 def searched(strategy: str, **options: Any) -> tuple[Supernet, Strategy]:
@@ -250,7 +253,7 @@ def test_gates_do_not_compete() -> None:
     alpha, beta = network.probabilities(part)
     assert float(alpha.detach().max()) == float(alpha.detach().min()) == 0.5
     assert float(beta.detach().sum(-1).max()) > 1, "several sources may be summed"
-    assert strategy.readings(network) == pytest.approx({"alpha_entropy": 1, "beta_entropy": 1})
+    assert network.entropies() == pytest.approx({"alpha_entropy": 1, "beta_entropy": 1})
     with torch.no_grad():
         network.alphas[part][..., :2] += 0.5
         network.alphas[part][..., 2:] -= 0.5

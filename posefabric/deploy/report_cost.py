@@ -1,0 +1,60 @@
+"""Where a network's cost goes: its backbone and each of its parts."""
+
+from __future__ import annotations
+
+from posefabric.deploy.report import Cell, Section
+from posefabric.deploy.report_headline import NONE, Networks
+from posefabric.derive.fit_budget import whole_cost
+from posefabric.derive.prune import prune
+from posefabric.space.architecture import Architecture
+from posefabric.space.cost import part_cost
+
+BACKBONE = "backbone"
+
+
+def cost_by_part(graph: Architecture) -> dict[str, tuple[int, int]]:
+    """``backbone`` and each part to (multiply-adds of a picture, parameters), by the graph.
+
+    A part's are those of its 1x1 convolutions, cells and head; parameters as after folding.
+    """
+    graph = prune(graph)
+    whole = whole_cost(graph)
+    parts = {part.name: part_cost(part, graph) for part in graph.parts}
+    macs = whole.macs - sum(cost.macs for cost in parts.values())
+    params = whole.params - sum(cost.params for cost in parts.values())
+    found = {name: (cost.macs, cost.params) for name, cost in parts.items()}
+    return {BACKBONE: (macs, params), **found}
+
+
+def cost_section(networks: Networks) -> Section:
+    """Multiply-adds by part, a column a network; and what the last one kept of each part."""
+    section = Section("Where the cost goes")
+    graphs: dict[str, Architecture] = {}
+    for name, network in networks.items():
+        graph = network.get("architecture")
+        if isinstance(graph, Architecture):
+            graphs[name] = graph
+    if not graphs:
+        return section
+    costs = {name: cost_by_part(graph) for name, graph in graphs.items()}
+    last = list(graphs.values())[-1]
+    kept = {part.name: part for part in prune(last).parts}
+    rows: list[list[Cell | str]] = []
+    for place in costs[list(costs)[-1]]:
+        row: list[Cell | str] = [place.replace("_", " ")]
+        for cost in costs.values():
+            macs = cost[place][0] if place in cost else 0
+            share = macs / max(1, sum(value for value, _ in cost.values()))
+            row.append(Cell(f"{macs / 1e6:.1f} M, {share:.0%}", bar=share))
+        part = kept.get(place)
+        if part is None:
+            row += [NONE, NONE]
+        else:
+            row += [str(len(part.cells)), str(sum(len(cell.sources) for cell in part.cells))]
+        rows.append(row)
+    names = list(costs)
+    return section.add_table(
+        ["", *names, f"cells, {names[-1]}", f"sources, {names[-1]}"],
+        rows,
+        caption="Multiply-adds of one picture, and their share of the whole.",
+    )
