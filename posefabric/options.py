@@ -141,7 +141,7 @@ class SearchConfig(OptimConfig):
         "partial_channels",
         "perturbation",
         "shrinking",
-    ] = "synchronous"
+    ] = "shrinking"
     relaxation: Literal["softmax", "sparsemax"] = Field(
         default="softmax", description="not of gumbel and gates, which have their own"
     )
@@ -158,7 +158,7 @@ class SearchConfig(OptimConfig):
         default=1, ge=1, description="perturbation, shrinking: operations an edge ends with"
     )
     sources_left: int = Field(
-        default=1, ge=1, le=3, description="perturbation, shrinking: sources a cell ends with"
+        default=2, ge=1, le=3, description="perturbation, shrinking: sources a cell ends with"
     )
     decided_by: float = Field(
         default=0.8,

@@ -22,6 +22,7 @@ TINY = [
     "model.weights=none",
     "model.channel_factor=2",
     "model.parts=1",
+    "search.strategy=synchronous",
     "search.batch_size=4",
     "search.epochs=0.5",
     "search.checkpoint_every=1",

@@ -74,7 +74,9 @@ def make_config(**sections: Any) -> Config:
         "device": "cpu",
         "data": dict(format="synthetic", input_wh=[64, 64], workers=0, synthetic_train=PEOPLE),
         "model": dict(backbone="test_efficientnet", weights="none", channel_factor=2, parts=1),
-        "search": dict(batch_size=BATCH, epochs=2.5, checkpoint_every=3, log_every=4),
+        "search": dict(
+            strategy="synchronous", batch_size=BATCH, epochs=2.5, checkpoint_every=3, log_every=4
+        ),
         "finetune": dict(batch_size=BATCH, epochs=1.0, checkpoint_every=2),
     }
     small["data"]["synthetic_val"] = 8
