@@ -231,6 +231,11 @@ class DeriveConfig(Section):
     budget: str | None = Field(
         default=None, description="macs=0.3G, params=2M or latency=8ms; none: search.budget"
     )
+    inherit: bool = Field(
+        default=True,
+        description="start from the mixture's weights; false: from new ones, on the backbone's "
+        "of before the search",
+    )
     gap_persons: int = Field(
         default=100,
         ge=0,

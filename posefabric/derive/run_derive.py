@@ -13,7 +13,7 @@ from posefabric.derive.fold import fold
 from posefabric.derive.gap import make_measure
 from posefabric.derive.prune import prune
 from posefabric.derive.transfer import transfer_weights
-from posefabric.models.build import load_network
+from posefabric.models.build import build_supernet, load_network
 from posefabric.models.compact import CompactNetwork, build_compact
 from posefabric.models.network import PoseNetwork
 from posefabric.models.supernet import Supernet
@@ -93,8 +93,12 @@ def derive(run: RunFolder, child: RunFolder) -> tuple[CompactNetwork, dict[str, 
         differences["fold"] = _difference(folded(images), compact(images))
     if measure is not None:
         accuracy["fold"] = measure(folded)
+    if not settings.inherit:
+        # What the search is worth as an architecture alone, as papers retrain what they found.
+        compact = _built(graph, build_supernet(config))
     cost = whole_cost(graph, table)
     record = {
+        "inherited": settings.inherit,
         "steps": steps,
         "differences": differences,
         "accuracy": accuracy,

@@ -71,6 +71,20 @@ def test_limits_are_kept_and_what_they_cost_is_said(searched: RunFolder) -> None
     assert record["steps"]["discretize"] == {"cells": 9, "sources": 9, "operations": 9}
 
 
+def test_new_weights_are_those_of_before_the_search(searched: RunFolder) -> None:
+    kept, record = derive(searched, child_of(searched, operations_kept=1))
+    anew, other = derive(searched, child_of(searched, operations_kept=1, inherit=False))
+    assert record["inherited"] and not other["inherited"]
+    assert anew.architecture() == kept.architecture()
+    assert other["accuracy"] == record["accuracy"], "the steps are measured as they are"
+    fresh = build_compact(anew.architecture())
+    transfer_weights(build_supernet(searched.config), fresh)
+    for name, value in fresh.state_dict().items():
+        assert torch.equal(anew.state_dict()[name], value), name
+    moved = [n for n, v in kept.state_dict().items() if not torch.equal(v, anew.state_dict()[n])]
+    assert any(".cells." in name for name in moved)
+
+
 def test_finetuning_a_derived_network(searched: RunFolder) -> None:
     child = child_of(searched, operations_kept=2)
     derived, _ = derive(searched, child)
