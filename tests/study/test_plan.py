@@ -94,6 +94,20 @@ def test_both_comparisons_are_two_runs_with_the_search_before(tmp_path: Path) ->
     assert keys["simple"] != keys["simple" + EQUAL] == keys["equal"]
 
 
+def test_equal_compute_is_that_of_the_same_seed_or_of_the_first_search(tmp_path: Path) -> None:
+    arms = {
+        "simple": {"steps": "train", "overrides": SIMPLE, "compute": "equal"},
+        "searched": {"steps": "search+finetune", "seeds": [0, 1]},
+    }
+    runs = plan(tmp_path / "s.yaml", arms=arms, seeds=[0, 1, 2])
+    searched = {r.seed: r.key for r in runs if r.arm == "searched"}
+    wanted = {r.seed: r.reference for r in runs if r.arm == "simple"}
+    assert wanted == {0: searched[0], 1: searched[1], 2: searched[0]}
+    arms["searched"]["seeds"] = [1]
+    with pytest.raises(PosefabricError, match=r"arm searched: .*first seed"):
+        plan(tmp_path / "s.yaml", arms=arms, seeds=[0, 1])
+
+
 @pytest.mark.parametrize(
     ("sections", "words"),
     [
