@@ -8,6 +8,7 @@ from posefabric.derive.fit_budget import whole_cost
 from posefabric.derive.prune import prune
 from posefabric.space.architecture import Architecture
 from posefabric.space.cost import part_cost
+from posefabric.structures import PosefabricError
 
 BACKBONE = "backbone"
 
@@ -34,10 +35,16 @@ def cost_section(networks: Networks) -> Section:
         graph = network.get("architecture")
         if isinstance(graph, Architecture):
             graphs[name] = graph
-    if not graphs:
+    costs = {}
+    for name, graph in graphs.items():
+        try:
+            costs[name] = cost_by_part(graph)
+        except PosefabricError as error:
+            # A backbone that this timm does not have.
+            section.add_text(f"{name}: {error}")
+    if not costs:
         return section
-    costs = {name: cost_by_part(graph) for name, graph in graphs.items()}
-    last = list(graphs.values())[-1]
+    last = graphs[list(costs)[-1]]
     kept = {part.name: part for part in prune(last).parts}
     rows: list[list[Cell | str]] = []
     for place in costs[list(costs)[-1]]:

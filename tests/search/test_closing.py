@@ -32,7 +32,9 @@ def blank(**changes: Any) -> Supernet:
 
 
 def options(**changes: Any) -> SearchConfig:
-    return SearchConfig(**{"architecture_start": 0.2, "decided_by": 0.8, **changes})
+    return SearchConfig(
+        **{"architecture_start": 0.2, "decided_by": 0.8, "sources_left": 1, **changes}
+    )
 
 
 def undecided(network: Supernet, config: SearchConfig) -> list[Choice]:
