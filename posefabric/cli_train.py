@@ -202,6 +202,7 @@ def _open_or_create(
     resume: bool,
 ) -> RunFolder:
     from posefabric.config import check_trainable, load_config, with_overrides
+    from posefabric.evaluate.groups import with_learned_parts
     from posefabric.run import RunFolder
     from posefabric.skeletons import load_skeleton
 
@@ -213,8 +214,7 @@ def _open_or_create(
     else:
         settings = load_config(config, overrides)
     check_trainable(settings, kind)
-    if str(settings.model.parts).startswith("learned"):
-        settings = _with_learned_parts(settings)
+    settings = with_learned_parts(settings, say=say)
     # A mistake in the user's own file is told of that file, not of the run's copy.
     load_skeleton(settings.data.skeleton)
     for section, option in ((settings.data, "root"), (settings.model, "weights")):
@@ -223,19 +223,6 @@ def _open_or_create(
             # Later commands may be given from another folder.
             setattr(section, option, str(Path(given).resolve()))
     return RunFolder.create(out, config=settings, kind=kind, exist_ok=resume)
-
-
-def _with_learned_parts(settings: Config) -> Config:
-    """The run keeps the parts themselves: what is read later is what was searched."""
-    from posefabric.data.pipeline import open_dataset
-    from posefabric.evaluate.groups import learn_parts, part_count, sample_persons
-
-    dataset = sample_persons(open_dataset(settings.data, "train", evaluating=True))
-    found = learn_parts(dataset, part_count(str(settings.model.parts)))
-    for name, members in found.parts.items():
-        say(f"{name}: {', '.join(members)}")
-    model = settings.model.model_copy(update={"parts": found.parts})
-    return settings.model_copy(update={"model": model})
 
 
 def _shared(make: Callable[[], RunFolder]) -> RunFolder:

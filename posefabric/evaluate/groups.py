@@ -8,6 +8,7 @@ clustering that of Ng, Jordan and Weiss (2002).
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,6 +16,8 @@ from scipy.cluster.vq import kmeans2
 from scipy.spatial import KDTree
 from scipy.special import digamma
 
+from posefabric.config import Config
+from posefabric.data.pipeline import open_dataset
 from posefabric.structures import DataError, PersonDataset, PosefabricError, Predictions
 
 NEIGHBOURS = 5
@@ -48,6 +51,21 @@ def part_count(parts: str) -> int | None:
     if match is None:
         raise PosefabricError(f"model.parts={parts}: expected learned or learned:K")
     return int(match[1]) if match[1] else None
+
+
+def with_learned_parts(config: Config, *, say: Callable[[str], None] = lambda text: None) -> Config:
+    """``model.parts=learned:K`` replaced by the parts themselves; other configurations as they are.
+
+    A run keeps what was learned: what is read later is what was searched.
+    """
+    if not str(config.model.parts).startswith("learned"):
+        return config
+    dataset = sample_persons(open_dataset(config.data, "train", evaluating=True))
+    found = learn_parts(dataset, part_count(str(config.model.parts)))
+    for name, members in found.parts.items():
+        say(f"{name}: {', '.join(members)}")
+    model = config.model.model_copy(update={"parts": found.parts})
+    return config.model_copy(update={"model": model})
 
 
 def learn_parts(

@@ -17,6 +17,7 @@ from posefabric.deploy.latency import ensure_table
 from posefabric.derive.draw import draw_within
 from posefabric.derive.fit_budget import latency_table
 from posefabric.derive.run_derive import derive, finetune
+from posefabric.evaluate.groups import with_learned_parts
 from posefabric.models.build import build_baseline, build_supernet, load_network
 from posefabric.models.supernet import Supernet
 from posefabric.run import RunFolder
@@ -57,7 +58,8 @@ def run_arm(
     """
     path = study / "runs" / planned.folder
     try:
-        finished = STEPS[planned.steps](path, planned.config, reference, stopping)
+        config = with_learned_parts(planned.config)
+        finished = STEPS[planned.steps](path, config, reference, stopping)
         _go_on(path, stopping)
         row = _measured(planned, finished, study)
     finally:
