@@ -23,7 +23,7 @@ ARMS = {
     "searched": None,
     "random": {"steps": "train", "overrides": ["search.strategy=random"], "compute": "both"},
     "simple": {"steps": "train", "overrides": SIMPLE},
-    "mixture": {"steps": "search"},
+    "mixture": {"steps": "search", "overrides": ["model.parts=learned:2"]},
 }
 CLAIMS = [{"claim": "Searching helps", "better": "searched", "than": ["random", "simple"]}]
 
@@ -57,6 +57,8 @@ def test_a_study_is_told_whole(made: tuple[Path, Path]) -> None:
         assert row["train_seconds"] > 0 and row["train_cpu_seconds"] > 0
         assert 0 < row["head_macs"] < row["macs"] and row["params"] > 0
         assert row["machine"]["threads"] == 1 and row["state"] == "finished"
+    learned = RunFolder.open(out / rows["mixture"]["folder"]).config.model.parts
+    assert isinstance(learned, dict) and len(learned) == 2, "parts are kept as they were learned"
     phases = {arm: [p["phase"] for p in row["phases"]] for arm, row in rows.items()}
     assert phases["searched"] == ["search", "finetune"] and phases["mixture"] == ["search"]
     assert phases["random"] == phases["simple"] == ["finetune"]
