@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from posefabric.deploy.report import Cell, Section
 from posefabric.deploy.report_headline import NONE, Networks
-from posefabric.derive.fit_budget import whole_cost
 from posefabric.derive.prune import prune
 from posefabric.space.architecture import Architecture
-from posefabric.space.cost import part_cost
 from posefabric.structures import PosefabricError
 
 BACKBONE = "backbone"
@@ -18,6 +16,10 @@ def cost_by_part(graph: Architecture) -> dict[str, tuple[int, int]]:
 
     A part's are those of its 1x1 convolutions, cells and head; parameters as after folding.
     """
+    # Here, since counting needs torch, and a report does without it.
+    from posefabric.derive.fit_budget import whole_cost
+    from posefabric.space.cost import part_cost
+
     graph = prune(graph)
     whole = whole_cost(graph)
     parts = {part.name: part_cost(part, graph) for part in graph.parts}
