@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from posefabric.deploy.report import Cell, Section
 from posefabric.deploy.report_headline import NONE, Networks
-from posefabric.derive.prune import prune
 from posefabric.space.architecture import Architecture
 from posefabric.structures import PosefabricError
 
@@ -18,6 +17,7 @@ def cost_by_part(graph: Architecture) -> dict[str, tuple[int, int]]:
     """
     # Here, since counting needs torch, and a report does without it.
     from posefabric.derive.fit_budget import whole_cost
+    from posefabric.derive.prune import prune
     from posefabric.space.cost import part_cost
 
     graph = prune(graph)
@@ -31,6 +31,8 @@ def cost_by_part(graph: Architecture) -> dict[str, tuple[int, int]]:
 
 def cost_section(networks: Networks) -> Section:
     """Multiply-adds by part, a column a network; and what the last one kept of each part."""
+    from posefabric.derive.prune import prune
+
     section = Section("Where the cost goes")
     graphs: dict[str, Architecture] = {}
     for name, network in networks.items():
