@@ -10,10 +10,10 @@ from posefabric.structures import PosefabricError
 BACKBONE = "backbone"
 
 
-def cost_by_part(graph: Architecture) -> dict[str, tuple[int, int]]:
-    """``backbone`` and each part to (multiply-adds of a picture, parameters), by the graph.
+def macs_by_part(graph: Architecture) -> dict[str, int]:
+    """``backbone`` and each part to its multiply-adds of a picture, by the graph.
 
-    A part's are those of its 1x1 convolutions, cells and head; parameters as after folding.
+    A part's are those of its 1x1 convolutions, cells and head.
     """
     # Here, since counting needs torch, and a report does without it.
     from posefabric.derive.fit_budget import whole_cost
@@ -21,12 +21,8 @@ def cost_by_part(graph: Architecture) -> dict[str, tuple[int, int]]:
     from posefabric.space.cost import part_cost
 
     graph = prune(graph)
-    whole = whole_cost(graph)
-    parts = {part.name: part_cost(part, graph) for part in graph.parts}
-    macs = whole.macs - sum(cost.macs for cost in parts.values())
-    params = whole.params - sum(cost.params for cost in parts.values())
-    found = {name: (cost.macs, cost.params) for name, cost in parts.items()}
-    return {BACKBONE: (macs, params), **found}
+    parts = {part.name: part_cost(part, graph).macs for part in graph.parts}
+    return {BACKBONE: whole_cost(graph).macs - sum(parts.values()), **parts}
 
 
 def cost_section(networks: Networks) -> Section:
@@ -42,7 +38,7 @@ def cost_section(networks: Networks) -> Section:
     costs = {}
     for name, graph in graphs.items():
         try:
-            costs[name] = cost_by_part(graph)
+            costs[name] = macs_by_part(graph)
         except PosefabricError as error:
             # A backbone that this timm does not have.
             section.add_text(f"{name}: {error}")
@@ -54,8 +50,8 @@ def cost_section(networks: Networks) -> Section:
     for place in costs[list(costs)[-1]]:
         row: list[Cell | str] = [place.replace("_", " ")]
         for cost in costs.values():
-            macs = cost[place][0] if place in cost else 0
-            share = macs / max(1, sum(value for value, _ in cost.values()))
+            macs = cost.get(place, 0)
+            share = macs / max(1, sum(cost.values()))
             row.append(Cell(f"{macs / 1e6:.1f} M, {share:.0%}", bar=share))
         part = kept.get(place)
         if part is None:

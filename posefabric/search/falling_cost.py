@@ -22,7 +22,7 @@ class FallingCost:
 
     def __init__(self, network: Supernet, expected: ExpectedCost) -> None:
         self.expected = expected
-        self.whole = self._cost(network, every=True)
+        self.whole = self._whole(network)
         self._known: tuple[int, float] | None = None
 
     def limit(self, share: float) -> float:
@@ -36,23 +36,23 @@ class FallingCost:
             return
         best = {part: self._best(network, part) for part in network.shapes}
         while self._cost(network) > limit:
-            part = min(best, key=lambda name: best[name][0])
-            worth, choice, option = best[part]
-            if choice is None or worth == float("inf"):
+            open_ends = [found for found in best.values() if found is not None]
+            if not open_ends:
                 return
+            _, choice, option = min(open_ends, key=lambda found: found[0])
             choice.close(network, option)
-            best[part] = self._best(network, part)
+            best[choice.part] = self._best(network, choice.part)
 
-    def _cost(self, network: Supernet, *, every: bool = False) -> float:
-        """Of what is open; or of ``every`` option that there is."""
-        if every:
-            parts = [
-                self.expected.of_weights(
-                    part, torch.ones_like(network.alphas[part]), (~network.absent_of(part)).float()
-                )
-                for part in network.shapes
-            ]
-            return float(torch.stack(parts).sum()) + self.expected.constant
+    def _whole(self, network: Supernet) -> float:
+        parts = [
+            self.expected.of_weights(
+                part, torch.ones_like(network.alphas[part]), (~network.absent_of(part)).float()
+            )
+            for part in network.shapes
+        ]
+        return float(torch.stack(parts).sum()) + self.expected.constant
+
+    def _cost(self, network: Supernet) -> float:
         count = sum(int(mask.sum()) for part in network.shapes for mask in _open(network, part))
         if self._known is None or self._known[0] != count:
             # By the graph, since a level of the backbone that nobody reads is not computed.
@@ -60,12 +60,14 @@ class FallingCost:
             self._known = count, number(cost, self.expected.budget)
         return self._known[1]
 
-    def _best(self, network: Supernet, part: str) -> tuple[float, Choice | None, int]:
-        """What weighs least for what it saves: its worth, the choice and the option."""
+    def _best(self, network: Supernet, part: str) -> tuple[float, Choice, int] | None:
+        """What weighs least for what it saves: its worth, the choice and the option; none: nothing
+        that can go saves anything.
+        """
         alpha, beta = _open(network, part)
         candidates = _closable(network, part, alpha, beta)
         if not candidates:
-            return float("inf"), None, 0
+            return None
         alphas = alpha.expand(len(candidates), *alpha.shape).clone()
         betas = beta.expand(len(candidates), *beta.shape).clone()
         shares = torch.zeros(len(candidates))
@@ -83,7 +85,7 @@ class FallingCost:
         saved = now - self.expected.of_weights(part, alphas, betas)
         worth = torch.where(saved > 1e-6 * now, shares / saved.clamp(min=1e-12), torch.inf)
         place = int(worth.argmin())
-        return float(worth[place]), *candidates[place]
+        return (float(worth[place]), *candidates[place]) if worth[place] < torch.inf else None
 
 
 def _open(network: Supernet, part: str) -> tuple[Tensor, Tensor]:

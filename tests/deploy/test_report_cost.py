@@ -6,7 +6,7 @@ import torch
 from networks import make_supernet
 
 from posefabric.config import DeriveConfig
-from posefabric.deploy.report_cost import cost_by_part, cost_section
+from posefabric.deploy.report_cost import cost_section, macs_by_part
 from posefabric.derive.draw import draw, kept
 from posefabric.evaluate.profile import count_macs
 from posefabric.models.compact import build_compact
@@ -28,9 +28,9 @@ def test_the_parts_and_the_backbone_are_what_torch_counts() -> None:
             )
             for part in graph.parts
         }
-    found = cost_by_part(graph)
-    assert {name: macs for name, (macs, _) in found.items()} == {"backbone": backbone, **parts}
-    assert sum(macs for macs, _ in found.values()) == whole
+    found = macs_by_part(graph)
+    assert found == {"backbone": backbone, **parts}
+    assert sum(found.values()) == whole
 
 
 def test_the_section_compares_networks_and_counts_what_the_last_kept() -> None:
@@ -44,7 +44,6 @@ def test_the_section_compares_networks_and_counts_what_the_last_kept() -> None:
     (table,) = section.blocks
     for part in compact.parts:
         assert f">{part.name.replace('_', ' ')}<" in table
-        macs, _ = cost_by_part(compact)[part.name]
-        assert f"{macs / 1e6:.1f} M" in table
+        assert f"{macs_by_part(compact)[part.name] / 1e6:.1f} M" in table
     assert "cells, compact" in table and "backbone" in table
     assert not cost_section({"nothing": {}}).blocks

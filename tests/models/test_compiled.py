@@ -10,6 +10,7 @@ import torch
 from networks import make_supernet, noise
 from test_grouped import assert_equal_path
 from torch._dynamo.utils import counters
+from trainings import make_config
 
 from posefabric.models import compiled
 from posefabric.models.compiled import CompiledCell, compiled_path
@@ -17,6 +18,7 @@ from posefabric.models.native import Kernels, load_kernels
 from posefabric.models.supernet import Supernet
 from posefabric.search.closing import all_choices
 from posefabric.structures import PosefabricError
+from posefabric.train.phase import choose_path
 
 CPU = torch.device("cpu")
 
@@ -102,6 +104,13 @@ def test_names_and_state_stay() -> None:
     before = list(network.state_dict())
     compiled_path(network, CPU)
     assert list(network.state_dict()) == before
+
+
+@pytest.mark.parametrize(("path", "compiles"), [("compiled", True), ("fast", False)])
+def test_the_option_chooses_it(path: str, compiles: bool) -> None:
+    network = make_supernet()
+    choose_path(network, make_config(model=dict(path=path)), CPU)
+    assert compiles == any(isinstance(module, CompiledCell) for module in network.modules())
 
 
 def test_without_a_compiler_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

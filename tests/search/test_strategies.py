@@ -253,7 +253,9 @@ def test_gates_do_not_compete() -> None:
     alpha, beta = network.probabilities(part)
     assert float(alpha.detach().max()) == float(alpha.detach().min()) == 0.5
     assert float(beta.detach().sum(-1).max()) > 1, "several sources may be summed"
-    assert network.entropies() == pytest.approx({"alpha_entropy": 1, "beta_entropy": 1})
+    macs = whole_cost(prune(network.architecture())).macs
+    expected = {"alpha_entropy": 1, "beta_entropy": 1, "mixture_macs": macs}
+    assert strategy.readings(network) == pytest.approx(expected)
     with torch.no_grad():
         network.alphas[part][..., :2] += 0.5
         network.alphas[part][..., 2:] -= 0.5
