@@ -63,5 +63,6 @@ def cost_section(networks: Networks) -> Section:
     return section.add_table(
         ["", *names, f"cells, {names[-1]}", f"sources, {names[-1]}"],
         rows,
-        caption="Multiply-adds of one picture, and their share of the whole.",
+        caption="Multiply-adds of one picture for all that weighs something, and their share; "
+        "evaluated, a mixture computes what weighs nothing too.",
     )
