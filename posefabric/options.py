@@ -160,6 +160,17 @@ class SearchConfig(OptimConfig):
     sources_left: int = Field(
         default=2, ge=1, le=3, description="perturbation, shrinking: sources a cell ends with"
     )
+    worth: Literal["loss", "probability"] = Field(
+        default="loss",
+        description="shrinking: an option is worth what the loss rises by without it, or its "
+        "probability",
+    )
+    worth_persons: int = Field(
+        default=64, ge=1, description="shrinking, worth=loss: persons that it is measured on"
+    )
+    rounds: int = Field(
+        default=3, ge=1, description="shrinking, worth=loss: how often options are closed"
+    )
     decided_by: float = Field(
         default=0.8,
         gt=0,

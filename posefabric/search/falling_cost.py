@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -11,13 +13,15 @@ from posefabric.models.supernet import Supernet
 from posefabric.search.closing import Choice
 from posefabric.search.cost import ExpectedCost
 
+Worth = Callable[[Choice, int], float]
+
 
 class FallingCost:
     """What a network that keeps all that is open would cost, and how it gets down to a limit.
 
-    In the measure of the budget of ``expected``. The options that go are those of the least
-    probability for what they save, as derivation would leave them out at the end
-    (derive/fit_budget.py); while the search runs, the weights can make up for each.
+    In the measure of the budget of ``expected``. The options that go are those worth least for
+    what they save; while the search runs, the weights can make up for each. ``worth``: none, their
+    probability, as derivation would leave them out at the end (derive/fit_budget.py).
     """
 
     def __init__(self, network: Supernet, expected: ExpectedCost) -> None:
@@ -30,18 +34,24 @@ class FallingCost:
         budget = self.expected.budget.limit
         return float(self.whole * min(1.0, budget / self.whole) ** share)
 
-    def close_down_to(self, network: Supernet, limit: float) -> None:
+    def is_above(self, network: Supernet, limit: float) -> bool:
+        """Whether something can be closed that brings the cost nearer to ``limit``."""
+        return self._cost(network) > limit and any(
+            self._best(network, part) is not None for part in network.shapes
+        )
+
+    def close_down_to(self, network: Supernet, limit: float, worth: Worth | None = None) -> None:
         """Close options until the cost is within ``limit``, or each choice has but one."""
         if self._cost(network) <= limit:
             return
-        best = {part: self._best(network, part) for part in network.shapes}
+        best = {part: self._best(network, part, worth) for part in network.shapes}
         while self._cost(network) > limit:
             open_ends = [found for found in best.values() if found is not None]
             if not open_ends:
                 return
             _, choice, option = min(open_ends, key=lambda found: found[0])
             choice.close(network, option)
-            best[choice.part] = self._best(network, choice.part)
+            best[choice.part] = self._best(network, choice.part, worth)
 
     def _whole(self, network: Supernet) -> float:
         parts = [
@@ -60,9 +70,11 @@ class FallingCost:
             self._known = count, number(cost, self.expected.budget)
         return self._known[1]
 
-    def _best(self, network: Supernet, part: str) -> tuple[float, Choice, int] | None:
-        """What weighs least for what it saves: its worth, the choice and the option; none: nothing
-        that can go saves anything.
+    def _best(
+        self, network: Supernet, part: str, worth: Worth | None = None
+    ) -> tuple[float, Choice, int] | None:
+        """What is worth least for what it saves: that ratio, the choice and the option; none:
+        nothing that can go saves anything.
         """
         alpha, beta = _open(network, part)
         candidates = _closable(network, part, alpha, beta)
@@ -81,11 +93,13 @@ class FallingCost:
             else:
                 alphas[place, choice.row, choice.edge, option] = 0
                 shares[place] = cells * probable[0][choice.row, choice.edge, option].detach()
+            if worth is not None:
+                shares[place] = worth(choice, option)
         now = self.expected.of_weights(part, alpha, beta)
         saved = now - self.expected.of_weights(part, alphas, betas)
-        worth = torch.where(saved > 1e-6 * now, shares / saved.clamp(min=1e-12), torch.inf)
-        place = int(worth.argmin())
-        return (float(worth[place]), *candidates[place]) if worth[place] < torch.inf else None
+        ratios = torch.where(saved > 1e-6 * now, shares / saved.clamp(min=1e-12), torch.inf)
+        place = int(ratios.argmin())
+        return (float(ratios[place]), *candidates[place]) if ratios[place] < torch.inf else None
 
 
 def _open(network: Supernet, part: str) -> tuple[Tensor, Tensor]:

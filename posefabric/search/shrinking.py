@@ -1,9 +1,16 @@
-"""Progressive shrinking: the least likely options are closed one after another, while it trains."""
+"""Progressive shrinking: the options worth least are closed, some at a time, while it trains."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
+import torch
+
+from posefabric.derive.fit_budget import whole_cost
+from posefabric.derive.prune import prune
+from posefabric.distributed import summed
 from posefabric.models.supernet import Supernet
 from posefabric.search.closing import (
     Choice,
@@ -12,20 +19,29 @@ from posefabric.search.closing import (
     left_open,
     probabilities,
 )
-from posefabric.search.falling_cost import FallingCost
+from posefabric.search.falling_cost import FallingCost, Worth
 from posefabric.search.synchronous import Synchronous
+from posefabric.space.cost import part_cost
+from posefabric.structures import PoseBatch
+from posefabric.train.strategy import LossOfParts
 
 
 class Shrinking(Synchronous):
     """P-DARTS's shrinking candidate set (Chen et al., 2019), without its growing depth.
 
-    Between ``architecture_start`` and ``decided_by`` every choice closes its least likely options
-    in equal intervals, until ``operations_left`` and ``sources_left`` are open; ``zero`` is never
-    the last. A step gets cheaper with every option that is gone, and the rest of the search trains
-    what is left, which derivation keeps as it is.
+    Between ``architecture_start`` and ``decided_by`` every choice closes its options of least
+    worth in equal intervals, until ``operations_left`` and ``sources_left`` are open; ``zero`` is
+    never the last. A step gets cheaper with every option that is gone, and the rest of the search
+    trains what is left, which derivation keeps as it is.
 
     With ``budget`` the cost of what is open falls too, by equal factors, from the mixture's to the
-    budget: what weighs least for its cost goes, wherever it is (falling_cost.py).
+    budget: what is worth least for its cost goes, wherever it is (falling_cost.py).
+
+    What an option is worth, ``worth`` says. ``probability``: its softmax, looked at in every step.
+    ``loss``: what the loss on ``worth_persons`` persons of the coming batches rises by without it
+    (DARTS-PT's measure; Wang et al., 2021), found for all open options in each of ``rounds``
+    rounds. Probabilities learn at one rate whatever an option brings, and favour the skip, which
+    helps before the convolutions have learned; losses can be set against costs.
     """
 
     name = "shrinking"
@@ -33,26 +49,128 @@ class Shrinking(Synchronous):
 
     def schedule(self, network: Supernet, progress: float) -> None:
         super().schedule(network, progress)
-        share = decided_share(self.config, progress)
-        for choice in all_choices(network) if share else ():
-            # One half of an option, or more, is one.
-            left = left_open(choice, self.config)
-            surplus = max(0, choice.existing(network) - left)
-            allowed = choice.existing(network) - math.floor(surplus * share + 0.5 + 1e-9)
-            _close_least_likely(network, choice, allowed, left)
-        expected = self._expected_cost(network) if share else None
-        if expected is not None:
-            self._falling = self._falling or FallingCost(network, expected)
-            self._falling.close_down_to(network, self._falling.limit(share))
+        if self.config.worth == "probability":
+            self._close(network, decided_share(self.config, progress))
+
+    def batches_wanted(self, network: Supernet, progress: float) -> int:
+        """Those of a round, until what is due in it is closed."""
+        share = self._share_of_round(progress)
+        if not share or not self._is_due(network, share):
+            return 0
+        return math.ceil(self.config.worth_persons / self.config.batch_size)
+
+    def decide(
+        self,
+        network: Supernet,
+        batches: Sequence[PoseBatch],
+        loss_of: LossOfParts,
+        progress: float,
+    ) -> dict[str, Any]:
+        """One round. Logs the options closed and ``worth_macs``, the forward multiply-adds it took
+        over all persons; where a loss is not finite nothing is closed, and the next step tries
+        again.
+        """
+        found = _losses_without(network, loss_of)
+        persons = sum(len(batch.index) for batch in batches)
+        record = {"worth_macs": persons * _cost_of_round(network), "closed": 0}
+        if not all(math.isfinite(loss) for loss in found.values()):
+            return record
+        before = _open_count(network)
+        self._close(network, self._share_of_round(progress), lambda c, o: found.get((c, o), 0.0))
+        record["closed"] = before - _open_count(network)
+        return record
+
+    def _share_of_round(self, progress: float) -> float:
+        """The share of all decisions that the present round closes; 0 before the first.
+
+        The first is at ``architecture_start``, the last at ``decided_by``.
+        """
+        config = self.config
+        if config.worth == "probability" or not self.has_started(progress):
+            return 0.0
+        passed = decided_share(config, progress) * (config.rounds - 1)
+        return min(config.rounds, math.floor(passed + 1e-9) + 1) / config.rounds
+
+    def _is_due(self, network: Supernet, share: float) -> bool:
+        falling = self._falling_of(network)
+        return any(
+            len(choice.open_options(network)) > self._allowed(network, choice, share)
+            for choice in all_choices(network)
+        ) or (falling is not None and falling.is_above(network, falling.limit(share)))
+
+    def _close(self, network: Supernet, share: float, worth: Worth | None = None) -> None:
+        if not share:
+            return
+        for choice in all_choices(network):
+            _close_worst(
+                network,
+                choice,
+                self._allowed(network, choice, share),
+                left_open(choice, self.config),
+                worth,
+            )
+        falling = self._falling_of(network)
+        if falling is not None:
+            falling.close_down_to(network, falling.limit(share), worth)
+
+    def _allowed(self, network: Supernet, choice: Choice, share: float) -> int:
+        """How many options of a choice may be open; one half of one that is to go counts as one."""
+        surplus = max(0, choice.existing(network) - left_open(choice, self.config))
+        return choice.existing(network) - math.floor(surplus * share + 0.5 + 1e-9)
+
+    def _falling_of(self, network: Supernet) -> FallingCost | None:
+        expected = self._expected_cost(network)
+        if expected is not None and self._falling is None:
+            self._falling = FallingCost(network, expected)
+        return self._falling
 
 
-def _close_least_likely(network: Supernet, choice: Choice, allowed: int, left: int) -> None:
+def _close_worst(
+    network: Supernet, choice: Choice, allowed: int, left: int, worth: Worth | None
+) -> None:
     options = choice.open_options(network)
     found = probabilities(network, choice)
 
-    def worth(option: int) -> float:
+    def value(option: int) -> float:
         last = allowed <= left and choice.is_zero(network, option)
-        return -1.0 if last else float(found[option])
+        if last:
+            return -math.inf
+        return float(found[option]) if worth is None else worth(choice, option)
 
-    for option in sorted(options, key=worth)[: max(0, len(options) - allowed)]:
+    for option in sorted(options, key=value)[: max(0, len(options) - allowed)]:
         choice.close(network, option)
+
+
+def _losses_without(network: Supernet, loss_of: LossOfParts) -> dict[tuple[Choice, int], float]:
+    """What the loss rises by without each option of the choices that have several.
+
+    Not below zero: what the loss would gain is within its noise.
+    """
+    whole, keys, losses = loss_of(), [], []
+    for choice in all_choices(network):
+        options = choice.open_options(network)
+        for option in options if len(options) > 1 else []:
+            with choice.without(network, option):
+                keys.append((choice, option))
+                losses.append(loss_of(choice.part))
+    # Every rank decides by the loss of the whole batch.
+    rises = torch.stack(summed(losses)) - summed([whole])[0] if losses else torch.zeros(0)
+    return dict(zip(keys, (max(rise, 0.0) for rise in rises.tolist()), strict=True))
+
+
+def _cost_of_round(network: Supernet) -> int:
+    """Forward multiply-adds a person: the whole network, and a part for each open option."""
+    graph = prune(network.architecture())
+    costs = {part.name: part_cost(part, graph).macs for part in graph.fabrics}
+    backbone = graph.backbone.fabric
+    if backbone is not None:
+        costs[backbone.name] = whole_cost(graph).macs
+    total = whole_cost(graph).macs
+    for choice in all_choices(network):
+        options = choice.open_options(network)
+        total += costs[choice.part] * (len(options) if len(options) > 1 else 0)
+    return total
+
+
+def _open_count(network: Supernet) -> int:
+    return sum(len(choice.open_options(network)) for choice in all_choices(network))

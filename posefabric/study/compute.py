@@ -35,7 +35,8 @@ def network_macs(network: PoseNetwork, config: Config) -> int:
 def training_macs(run: RunFolder) -> int:
     """Forward multiply-adds of one picture in a run's training.
 
-    Of a search that closes options while it trains: the mean over its logged steps.
+    Of a search that closes options while it trains: the mean over its logged steps. Looks ahead
+    are :func:`looking_macs`.
     """
     logged = [record["mixture_macs"] for record in run.metrics() if "mixture_macs" in record]
     if run.kind == "search" and logged:
@@ -43,13 +44,21 @@ def training_macs(run: RunFolder) -> int:
     return network_macs(load_network(run), run.config)
 
 
+def looking_macs(run: RunFolder) -> int:
+    """Forward multiply-adds, over all persons, of a search's looks at what an option is worth."""
+    return sum(record.get("worth_macs", 0) for record in run.metrics())
+
+
 def total_cost(phases: Iterable[Mapping[str, Any]]) -> int:
     """Forward multiply-adds of all trainings of a run: passes x persons x MACs, summed.
 
     A backward pass costs about twice a forward one in every network, so that it cancels. Frozen
-    stems and smaller first inputs are not accounted for.
+    stems and smaller first inputs are not accounted for. A look has no backward pass: a third.
     """
-    return sum(phase["passes"] * phase["persons"] * phase["macs"] for phase in phases)
+    return sum(
+        phase["passes"] * phase["persons"] * phase["macs"] + phase.get("looking_macs", 0) // 3
+        for phase in phases
+    )
 
 
 def epochs_for(cost: int, *, macs: int, config: Config) -> float:

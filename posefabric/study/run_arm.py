@@ -27,6 +27,7 @@ from posefabric.search.run_search import STRATEGIES, search
 from posefabric.study.commands import commands_of
 from posefabric.study.compute import (
     epochs_for,
+    looking_macs,
     network_macs,
     passes_of,
     total_cost,
@@ -261,6 +262,7 @@ def _phases(finished: RunFolder) -> list[dict[str, Any]]:
                 "persons": steps * min(section.batch_size, persons),
                 "passes": passes,
                 "macs": training_macs(run),
+                "looking_macs": looking_macs(run),
                 "seconds": result["train_seconds"],
                 "cpu_seconds": result["train_cpu_seconds"],
                 "precision": result["train_precision"],

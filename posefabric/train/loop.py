@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ from posefabric.train.optim import (
 )
 from posefabric.train.parallel import Parallel
 from posefabric.train.precision import Precision, autocast, make_scaler, resolve_precision
+from posefabric.train.probe import PartProbe
 from posefabric.train.progress import Progress, StopRequest
 from posefabric.train.strategy import Strategy
 
@@ -167,6 +169,7 @@ class Trainer:
     ) -> dict[str, Any]:
         progress = step / self.total_steps
         self.strategy.schedule(self.network, progress)
+        decided = self._decide(step, progress)
         factor = rate_factor(self.optim, progress)
         set_rate(self._optimiser, factor)
         architecture: dict[str, Any] = {}
@@ -199,6 +202,7 @@ class Trainer:
             "learning_rate": self.optim.learning_rate * factor,
             "gradient_norm": float(norm),
             **architecture,
+            **decided,
         }
         if penalty is not None:
             record["penalty"] = float(penalty.detach())
@@ -214,6 +218,22 @@ class Trainer:
         if self._average is not None:
             self._average.update(self.network, step)
         return record
+
+    def _decide(self, step: int, progress: float) -> dict[str, Any]:
+        """Let the strategy look at the batches to come, where it wants to."""
+        wanted = self.strategy.batches_wanted(self.network, progress)
+        if not wanted:
+            return {}
+        try:
+            ahead = list(itertools.islice(in_step(self.data.crops(step)), wanted))
+        except DataError:
+            self._save()
+            raise
+        batches = [self.data.prepare(crops, number) for number, crops in ahead]
+        loss_of = PartProbe(
+            self.network, batches, loss=make_loss(self.optim.loss), autocast=self._autocast
+        )
+        return self.strategy.decide(self.network, batches, loss_of, progress)
 
     def _autocast(self) -> torch.autocast:
         return autocast(self.device, self.precision)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,6 +21,16 @@ class LossOf(Protocol):
     def __call__(
         self, batch: PoseBatch, weights: Mapping[str, Tensor] | None = None, *, exact: bool = False
     ) -> Tensor: ...
+
+
+class LossOfParts(Protocol):
+    """The loss on some batches, one of the network's fabrics computed anew.
+
+    That fabric as alpha and beta stand at the call, the rest as it was before the first one.
+    Leaves no trace in the network.
+    """
+
+    def __call__(self, part: str | None = None) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,19 @@ class Strategy:
     def readings(self, network: Any) -> dict[str, float]:
         """What to show and log of the architecture: its entropies."""
         return {}
+
+    def batches_wanted(self, network: Any, progress: float) -> int:
+        """How many of the coming steps' batches :meth:`decide` is to look at before this one."""
+        return 0
+
+    def decide(
+        self, network: Any, batches: Sequence[PoseBatch], loss_of: LossOfParts, progress: float
+    ) -> dict[str, Any]:
+        """Before a step that wants batches, after ``schedule``: close options; what to log of it.
+
+        With several processes losses are this rank's share, as :class:`Evidence` says.
+        """
+        raise NotImplementedError
 
     def held_out_share(self) -> float:
         """The share of the training persons that is kept from the weights; 0: none."""
