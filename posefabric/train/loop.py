@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from posefabric.train.checkpoint import (
     restore_random_state,
     save_checkpoint,
 )
+from posefabric.train.coming import Coming
 from posefabric.train.held_out import ArchitectureTrainer
 from posefabric.train.loss import make_loss
 from posefabric.train.optim import (
@@ -80,6 +80,7 @@ class Trainer:
     _average: AveragedWeights | None = None
     _architecture: ArchitectureTrainer | None = None
     _ranks: Any = None
+    _coming: Coming[tuple[int, CropBatch]] | None = None
     _buffers: list[Tensor] = field(default_factory=list)
     _kept_buffers: list[Tensor] = field(default_factory=list)
 
@@ -128,7 +129,8 @@ class Trainer:
         held_out = None if self._architecture is None else self._architecture.crops(self.step)
         held_out = None if held_out is None else in_step(held_out)
         try:
-            for step, crops in in_step(self.data.crops(self.step)):
+            self._coming = Coming(in_step(self.data.crops(self.step)))
+            for step, crops in self._coming:
                 yield step, crops, None if held_out is None else next(held_out)
         except DataError:
             # What is learned so far outlives a bad picture.
@@ -169,7 +171,7 @@ class Trainer:
     ) -> dict[str, Any]:
         progress = step / self.total_steps
         self.strategy.schedule(self.network, progress)
-        decided = self._decide(step, progress)
+        decided = self._decide(batch, progress)
         factor = rate_factor(self.optim, progress)
         set_rate(self._optimiser, factor)
         architecture: dict[str, Any] = {}
@@ -219,17 +221,17 @@ class Trainer:
             self._average.update(self.network, step)
         return record
 
-    def _decide(self, step: int, progress: float) -> dict[str, Any]:
-        """Let the strategy look at the batches to come, where it wants to."""
+    def _decide(self, batch: PoseBatch, progress: float) -> dict[str, Any]:
+        """Let the strategy look at this batch and those to come, where it wants to."""
         wanted = self.strategy.batches_wanted(self.network, progress)
-        if not wanted:
+        if not wanted or self._coming is None:
             return {}
         try:
-            ahead = list(itertools.islice(in_step(self.data.crops(step)), wanted))
+            ahead = self._coming.peek(wanted - 1)
         except DataError:
             self._save()
             raise
-        batches = [self.data.prepare(crops, number) for number, crops in ahead]
+        batches = [batch, *(self.data.prepare(crops, number) for number, crops in ahead)]
         loss_of = PartProbe(
             self.network, batches, loss=make_loss(self.optim.loss), autocast=self._autocast
         )

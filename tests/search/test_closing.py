@@ -33,7 +33,13 @@ def blank(**changes: Any) -> Supernet:
 
 def options(**changes: Any) -> SearchConfig:
     return SearchConfig(
-        **{"architecture_start": 0.2, "decided_by": 0.8, "sources_left": 1, **changes}
+        **{
+            "architecture_start": 0.2,
+            "decided_by": 0.8,
+            "sources_left": 1,
+            "worth": "probability",
+            **changes,
+        }
     )
 
 

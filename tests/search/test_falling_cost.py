@@ -26,7 +26,12 @@ def macs(network: Supernet) -> int:
 def shrinking(budget: str, **changes: Any) -> Shrinking:
     return Shrinking(
         SearchConfig(
-            architecture_start=0.2, decided_by=0.8, sources_left=3, budget=budget, **changes
+            architecture_start=0.2,
+            decided_by=0.8,
+            sources_left=3,
+            budget=budget,
+            worth="probability",
+            **changes,
         )
     )
 
