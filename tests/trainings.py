@@ -58,9 +58,15 @@ CASES: dict[str, dict[str, Any]] = {
     "gates": dict(search=dict(strategy="gates", sparsity=0.1, source_sparsity=0.1)),
     "beta_decay": dict(search=dict(strategy="beta_decay")),
     "partial_channels": dict(search=dict(strategy="partial_channels")),
-    "shrinking": dict(search=dict(strategy="shrinking", architecture_start=0.2)),
+    "shrinking": dict(search=dict(strategy="shrinking", architecture_start=0.2, rounds=2)),
     "shrinking_to_a_budget": dict(
-        search=dict(strategy="shrinking", architecture_start=0.2, sources_left=3, budget="macs=9M")
+        search=dict(
+            strategy="shrinking",
+            worth="probability",
+            architecture_start=0.2,
+            sources_left=3,
+            budget="macs=9M",
+        )
     ),
     "perturbation": dict(search=dict(strategy="perturbation", epochs=5.0)),
     "second_order": dict(search=dict(strategy="second_order", epochs=5.0)),
