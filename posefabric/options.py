@@ -154,11 +154,18 @@ class SearchConfig(OptimConfig):
     partial_until: float = Field(
         default=0.5, ge=0, le=1, description="partial_channels: share of the search that is partial"
     )
-    operations_left: int = Field(
-        default=1, ge=1, description="perturbation, shrinking: operations an edge ends with"
+    operations_left: int | None = Field(
+        default=None,
+        ge=1,
+        description="perturbation, shrinking: operations an edge ends with; none: 1, or what the "
+        "budget of a shrinking search leaves",
     )
-    sources_left: int = Field(
-        default=2, ge=1, le=3, description="perturbation, shrinking: sources a cell ends with"
+    sources_left: int | None = Field(
+        default=None,
+        ge=1,
+        le=3,
+        description="perturbation, shrinking: sources a cell ends with; none: 2, or what the "
+        "budget of a shrinking search leaves",
     )
     worth: Literal["loss", "probability"] = Field(
         default="loss",

@@ -81,9 +81,15 @@ def all_choices(network: Supernet) -> list[Choice]:
     return found
 
 
-def left_open(choice: Choice, config: SearchConfig) -> int:
-    """How many options of a choice are to stay."""
-    return config.sources_left if choice.edge is None else config.operations_left
+def left_open(network: Supernet, choice: Choice, config: SearchConfig) -> int:
+    """How many options of a choice are to stay; the operation ``zero`` is none of them."""
+    asked = config.sources_left if choice.edge is None else config.operations_left
+    if asked is not None:
+        return asked
+    if config.strategy == "shrinking" and config.budget is not None:
+        existing = choice.existing(network)
+        return existing - sum(choice.is_zero(network, option) for option in range(existing))
+    return 2 if choice.edge is None else 1
 
 
 def decided_share(config: SearchConfig, progress: float) -> float:

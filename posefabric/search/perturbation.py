@@ -36,7 +36,9 @@ class Perturbation(FirstOrder):
         self, network: Supernet, evidence: Evidence, progress: float
     ) -> tuple[Tensor, list[Tensor]] | None:
         choices = self._in_order(network)
-        undecided = [c for c in choices if self._has_too_many(c, len(c.open_options(network)))]
+        undecided = [
+            c for c in choices if self._has_too_many(network, c, len(c.open_options(network)))
+        ]
         decided = len(choices) - len(undecided)
         due = math.ceil(decided_share(self.config, progress) * len(choices)) - decided
         for choice in undecided[: max(0, due)]:
@@ -48,10 +50,10 @@ class Perturbation(FirstOrder):
         choices = all_choices(network)
         order = np.random.default_rng([self._seed % 2**63, 0]).permutation(len(choices))
         drawn = [choices[place] for place in order]
-        return [c for c in drawn if self._has_too_many(c, c.existing(network))]
+        return [c for c in drawn if self._has_too_many(network, c, c.existing(network))]
 
-    def _has_too_many(self, choice: Choice, options: int) -> bool:
-        return options > left_open(choice, self.config)
+    def _has_too_many(self, network: Supernet, choice: Choice, options: int) -> bool:
+        return options > left_open(network, choice, self.config)
 
     def _decide(self, network: Supernet, choice: Choice, evidence: Evidence) -> None:
         options, losses = choice.open_options(network), []
@@ -67,5 +69,5 @@ class Perturbation(FirstOrder):
             for option, loss in zip(options, whole, strict=True)
         ]
         ranked = sorted(range(len(options)), key=lambda i: worth[i], reverse=True)
-        for place in ranked[left_open(choice, self.config) :]:
+        for place in ranked[left_open(network, choice, self.config) :]:
             choice.close(network, options[place])

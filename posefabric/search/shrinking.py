@@ -30,9 +30,10 @@ class Shrinking(Synchronous):
     """P-DARTS's shrinking candidate set (Chen et al., 2019), without its growing depth.
 
     Between ``architecture_start`` and ``decided_by`` every choice closes its options of least
-    worth in equal intervals, until ``operations_left`` and ``sources_left`` are open; ``zero`` is
-    never the last. A step gets cheaper with every option that is gone, and the rest of the search
-    trains what is left, which derivation keeps as it is.
+    worth in equal intervals, until ``operations_left`` and ``sources_left`` are open (by default
+    one and two; under a budget, all that it has room for); ``zero`` is never the last. A step gets
+    cheaper with every option that is gone, and the rest of the search trains what is left, which
+    derivation keeps as it is.
 
     With ``budget`` the cost of what is open falls too, by equal factors, from the mixture's to the
     budget: what is worth least for its cost goes, wherever it is (falling_cost.py).
@@ -106,7 +107,7 @@ class Shrinking(Synchronous):
                 network,
                 choice,
                 self._allowed(network, choice, share),
-                left_open(choice, self.config),
+                left_open(network, choice, self.config),
                 worth,
             )
         falling = self._falling_of(network)
@@ -115,7 +116,7 @@ class Shrinking(Synchronous):
 
     def _allowed(self, network: Supernet, choice: Choice, share: float) -> int:
         """How many options of a choice may be open; one half of one that is to go counts as one."""
-        surplus = max(0, choice.existing(network) - left_open(choice, self.config))
+        surplus = max(0, choice.existing(network) - left_open(network, choice, self.config))
         return choice.existing(network) - math.floor(surplus * share + 0.5 + 1e-9)
 
     def _falling_of(self, network: Supernet) -> FallingCost | None:

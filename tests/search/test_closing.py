@@ -45,7 +45,7 @@ def options(**changes: Any) -> SearchConfig:
 
 def undecided(network: Supernet, config: SearchConfig) -> list[Choice]:
     found = all_choices(network)
-    return [c for c in found if len(c.open_options(network)) > left_open(c, config)]
+    return [c for c in found if len(c.open_options(network)) > left_open(network, c, config)]
 
 
 def evidence(network: Supernet, loss_of: Any = None) -> Evidence:
@@ -181,6 +181,21 @@ def test_what_is_shrunk_is_pruned_without_loss() -> None:
         assert torch.allclose(compact.eval()(images), network(images), atol=1e-5)
     edges = [e for part in graph.parts for cell in part.cells for e in cell.edges]
     assert edges and max(len(edge.choices) for edge in edges) <= 2
+
+
+def test_without_numbers_a_budget_decides_how_many_stay() -> None:
+    network, free = blank(), {"operations_left": None, "sources_left": None}
+    edge, cell = Choice("upper", 0, 0), Choice("upper", 0)
+
+    def left(**changes: Any) -> list[int]:
+        config = options(**{**free, **changes})
+        return [left_open(network, choice, config) for choice in (edge, cell)]
+
+    real = edge.existing(network) - 1
+    assert left() == [1, 2]
+    assert left(budget="macs=9M") == [real, cell.existing(network)], "zero is none of them"
+    assert left(budget="macs=9M", strategy="perturbation") == [1, 2]
+    assert left(budget="macs=9M", operations_left=2) == [2, cell.existing(network)]
 
 
 def test_perturbation_keeps_what_the_loss_misses_most() -> None:
