@@ -125,11 +125,13 @@ class FabricNetwork(PoseNetwork):
     def architecture(self) -> Architecture:
         raise NotImplementedError
 
+    def part_maps(self, name: str, pyramid: Sequence[Tensor]) -> Tensor:
+        """One part's raw outputs (B, K_p, H/4, W/4)."""
+        (part,) = (part for part in self.graph.parts if part.name == name)
+        return self.parts[name](pyramid, self.cell_weights(part))
+
     def head_forward(self, pyramid: Sequence[Tensor]) -> Tensor:
-        maps = [
-            self.parts[part.name](pyramid, self.cell_weights(part)) for part in self.graph.parts
-        ]
-        return self.join(maps)
+        return self.join([self.part_maps(part.name, pyramid) for part in self.graph.parts])
 
     def head_parameters(self) -> list[nn.Parameter]:
         return list(self.parts.parameters())

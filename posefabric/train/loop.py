@@ -23,6 +23,7 @@ from posefabric.train.checkpoint import (
     save_checkpoint,
 )
 from posefabric.train.coming import Coming
+from posefabric.train.gradients import add_gradients
 from posefabric.train.held_out import ArchitectureTrainer
 from posefabric.train.loss import make_loss
 from posefabric.train.optim import (
@@ -186,17 +187,22 @@ class Trainer:
             )
         self._optimiser.zero_grad(set_to_none=True)
         _copy_all(self._buffers, to=self._kept_buffers)
-        with self._autocast():
-            outputs = self.network(batch.images)
-        loss = make_loss(self.optim.loss)(outputs.float(), batch.heatmaps, batch.weights)
+        share = add_gradients(
+            self.network,
+            batch,
+            loss=self.optim.loss,
+            autocast=self._autocast,
+            scale=self._scaler.scale,
+        )
         # With steps of their own, alpha and beta meet the penalty there.
         penalty = None if held_out is not None else self.strategy.penalty(self.network, progress)
-        objective = loss if penalty is None else loss + self._ranks.penalty(penalty)
-        self._scaler.scale(objective).backward()
-        loss = self._ranks.gather(loss)
+        if penalty is not None:
+            self._scaler.scale(self._ranks.penalty(penalty)).backward()
+        loss = self._ranks.gather(share)
         self._scaler.unscale_(self._optimiser)
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.optim.clip_norm)
-        finite = bool(torch.isfinite(objective.detach() + loss) & torch.isfinite(norm))
+        objective = loss if penalty is None else loss + penalty.detach()
+        finite = bool(torch.isfinite(objective) & torch.isfinite(norm))
         record: dict[str, Any] = {
             "phase": self.phase,
             "step": step + 1,

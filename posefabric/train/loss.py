@@ -47,13 +47,19 @@ def make_loss(name: str) -> Loss:
     Shares add up to the loss of the whole batch, and their gradients to its gradient, however
     unevenly annotated keypoints are spread. In one process it is the loss itself.
     """
+    return lambda outputs, targets, weights: loss_share(name, weights)(outputs, targets, weights)
+
+
+def loss_share(name: str, weights: Tensor) -> Loss:
+    """The loss ``name`` of some of a batch's keypoints, as their share of the whole batch's.
+
+    Args: weights (B, K) of all keypoints of this rank's persons; with several ranks a collective.
+    """
     loss, count = LOSSES[name], COUNTS[name]
-    if place().ranks == 1:
-        return loss
+    whole = summed([count(weights)])[0] if place().ranks > 1 else count(weights)
 
     def share(outputs: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         own = count(weights)
-        whole = summed([own])[0]
         return loss(outputs, targets, weights) * (own.clamp(min=1) / whole.clamp(min=1))
 
     return share

@@ -103,10 +103,8 @@ class PartProbe:
         return {name: self._map(name, pyramid) for name in self.network.parts}
 
     def _map(self, name: str, pyramid: list[Tensor]) -> Tensor:
-        (part,) = (part for part in self.network.graph.parts if part.name == name)
-        module = self.network.parts[name]
-        with self._untouched(module, pyramid[0].device):
-            return module(pyramid, self.network.cell_weights(part))
+        with self._untouched(self.network.parts[name], pyramid[0].device):
+            return self.network.part_maps(name, pyramid)
 
     def _mean_loss(self, maps: list[dict[str, Tensor]]) -> Tensor:
         losses = []
