@@ -143,14 +143,13 @@ def _close_worst(
 
 
 def _losses_without(network: Supernet, loss_of: LossOfParts) -> dict[tuple[Choice, int], float]:
-    """What the loss rises by without each option of the choices that have several.
+    """What the loss rises by without each option that may stay or go.
 
     Not below zero: what the loss would gain is within its noise.
     """
     whole, keys, losses = loss_of(), [], []
     for choice in all_choices(network):
-        options = choice.open_options(network)
-        for option in options if len(options) > 1 else []:
+        for option in _contested(network, choice):
             with choice.without(network, option):
                 keys.append((choice, option))
                 losses.append(loss_of(choice.part))
@@ -160,7 +159,7 @@ def _losses_without(network: Supernet, loss_of: LossOfParts) -> dict[tuple[Choic
 
 
 def _cost_of_round(network: Supernet) -> int:
-    """Forward multiply-adds a person: the whole network, and a part for each open option."""
+    """Forward multiply-adds a person: the whole network, and a part for each option."""
     graph = prune(network.architecture())
     costs = {part.name: part_cost(part, graph).macs for part in graph.fabrics}
     backbone = graph.backbone.fabric
@@ -168,9 +167,14 @@ def _cost_of_round(network: Supernet) -> int:
         costs[backbone.name] = whole_cost(graph).macs
     total = whole_cost(graph).macs
     for choice in all_choices(network):
-        options = choice.open_options(network)
-        total += costs[choice.part] * (len(options) if len(options) > 1 else 0)
+        total += costs[choice.part] * len(_contested(network, choice))
     return total
+
+
+def _contested(network: Supernet, choice: Choice) -> list[int]:
+    """Open options one of which may go for another; ``zero`` is worth nothing, without a look."""
+    real = [o for o in choice.open_options(network) if not choice.is_zero(network, o)]
+    return real if len(real) > 1 else []
 
 
 def _open_count(network: Supernet) -> int:
