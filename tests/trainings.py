@@ -56,14 +56,16 @@ CASES: dict[str, dict[str, Any]] = {
     ),
     "gumbel": dict(search=dict(strategy="gumbel", temperature_end=0.5)),
     "gates": dict(search=dict(strategy="gates", sparsity=0.1, source_sparsity=0.1)),
-    "beta_decay": dict(search=dict(strategy="beta_decay")),
+    "beta_decay": dict(search=dict(strategy="beta_decay", architecture_start=0.4)),
     "partial_channels": dict(search=dict(strategy="partial_channels")),
-    "shrinking": dict(search=dict(strategy="shrinking", architecture_start=0.2, rounds=2)),
+    "shrinking": dict(
+        search=dict(strategy="shrinking", architecture_start=0.2, rounds=2), model=dict(parts=3)
+    ),
     "shrinking_to_a_budget": dict(
         search=dict(
             strategy="shrinking",
             worth="probability",
-            architecture_start=0.2,
+            architecture_start=0.4,
             sources_left=3,
             budget="macs=9M",
         )

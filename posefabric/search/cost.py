@@ -75,7 +75,8 @@ class ExpectedCost:
         ``alpha`` (..., cells or 1, edges, operations), ``beta`` (..., cells, 3). Ones for what is
         open and zeros for the rest give what a network that keeps all of it costs.
         """
-        table = self.tables[name]
+        table, device = self.tables[name], alpha.device
+        alpha, beta = alpha.cpu(), beta.cpu()
         live = _liveness(table, beta)
         cells = table.operations.shape[0]
         alpha = alpha.expand(*alpha.shape[:-3], cells, -1, -1)
@@ -83,7 +84,7 @@ class ExpectedCost:
         total = (torch.stack(live, -1) * (each + table.keep)).sum(-1)
         for level, cost in table.reduce.items():
             total = total + cost * _read(table.levels[level], live, beta)
-        return total + table.head
+        return (total + table.head).to(device)
 
 
 def _liveness(table: _PartTable, beta: Tensor) -> list[Tensor]:

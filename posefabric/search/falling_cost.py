@@ -72,9 +72,10 @@ class FallingCost:
 
     def _best(
         self, network: Supernet, part: str, worth: Worth | None = None
-    ) -> tuple[float, Choice, int] | None:
-        """What is worth least for what it saves: that ratio, the choice and the option; none:
-        nothing that can go saves anything.
+    ) -> tuple[tuple[float, float], Choice, int] | None:
+        """What is worth least for what it saves: what to rank it by, the choice and the option.
+
+        None: nothing that can go saves anything. Of options worth nothing, the most expensive.
         """
         alpha, beta = _open(network, part)
         candidates = _closable(network, part, alpha, beta)
@@ -94,19 +95,21 @@ class FallingCost:
                 alphas[place, choice.row, choice.edge, option] = 0
                 shares[place] = cells * probable[0][choice.row, choice.edge, option].detach()
             if worth is not None:
-                shares[place] = worth(choice, option)
+                # What the loss would gain is within its noise.
+                shares[place] = max(0.0, worth(choice, option))
         now = self.expected.of_weights(part, alpha, beta)
         saved = now - self.expected.of_weights(part, alphas, betas)
         ratios = torch.where(saved > 1e-6 * now, shares / saved.clamp(min=1e-12), torch.inf)
-        place = int(ratios.argmin())
-        return (float(ratios[place]), *candidates[place]) if ratios[place] < torch.inf else None
+        ranks = list(zip(ratios.tolist(), (-saved).tolist(), strict=True))
+        place = min(range(len(ranks)), key=lambda place: ranks[place])
+        return (ranks[place], *candidates[place]) if ratios[place] < torch.inf else None
 
 
 def _open(network: Supernet, part: str) -> tuple[Tensor, Tensor]:
     """Alpha's and beta's options, in their shapes: 1 for open ones and 0 for the others."""
     with torch.no_grad():
         alpha, beta = network.probabilities(part)
-    return (alpha > 0).float(), (beta > 0).float()
+    return (alpha > 0).float().cpu(), (beta > 0).float().cpu()
 
 
 def _closable(

@@ -72,8 +72,9 @@ class Shrinking(Synchronous):
         again.
         """
         found = _losses_without(network, loss_of)
-        persons = sum(len(batch.index) for batch in batches)
-        record = {"worth_macs": persons * _cost_of_round(network), "closed": 0}
+        own = batches[0].weights.new_tensor(float(sum(len(batch.index) for batch in batches)))
+        persons = summed([own])[0]
+        record = {"worth_macs": int(persons) * _cost_of_round(network), "closed": 0}
         if not all(math.isfinite(loss) for loss in found.values()):
             return record
         before = _open_count(network)
@@ -131,22 +132,22 @@ def _close_worst(
 ) -> None:
     options = choice.open_options(network)
     found = probabilities(network, choice)
+    last = allowed <= left
+    zeros = [o for o in options if choice.is_zero(network, o)] if last and len(options) > 1 else []
 
     def value(option: int) -> float:
-        last = allowed <= left and choice.is_zero(network, option)
-        if last:
+        if option in zeros:
             return -math.inf
         return float(found[option]) if worth is None else worth(choice, option)
 
-    for option in sorted(options, key=value)[: max(0, len(options) - allowed)]:
+    # Also where a budget has made room already: ``zero`` would weaken what is left.
+    surplus = max(len(zeros), len(options) - allowed)
+    for option in sorted(options, key=value)[:surplus]:
         choice.close(network, option)
 
 
 def _losses_without(network: Supernet, loss_of: LossOfParts) -> dict[tuple[Choice, int], float]:
-    """What the loss rises by without each option that may stay or go.
-
-    Not below zero: what the loss would gain is within its noise.
-    """
+    """What the loss rises by without each option that may stay or go."""
     whole, keys, losses = loss_of(), [], []
     for choice in all_choices(network):
         for option in _contested(network, choice):
@@ -155,7 +156,7 @@ def _losses_without(network: Supernet, loss_of: LossOfParts) -> dict[tuple[Choic
                 losses.append(loss_of(choice.part))
     # Every rank decides by the loss of the whole batch.
     rises = torch.stack(summed(losses)) - summed([whole])[0] if losses else torch.zeros(0)
-    return dict(zip(keys, (max(rise, 0.0) for rise in rises.tolist()), strict=True))
+    return dict(zip(keys, rises.tolist(), strict=True))
 
 
 def _cost_of_round(network: Supernet) -> int:

@@ -196,7 +196,8 @@ class Trainer:
         )
         # With steps of their own, alpha and beta meet the penalty there.
         penalty = None if held_out is not None else self.strategy.penalty(self.network, progress)
-        if penalty is not None:
+        # While alpha and beta rest it has no gradient.
+        if penalty is not None and penalty.requires_grad:
             self._scaler.scale(self._ranks.penalty(penalty)).backward()
         loss = self._ranks.gather(share)
         self._scaler.unscale_(self._optimiser)
