@@ -9,10 +9,13 @@ from torch import Tensor, nn
 from posefabric import cli
 from posefabric.models.backbones import make_backbone
 from posefabric.models.compact import CompactNetwork
+from posefabric.models.fabric_backbone import POOLS, build_fabric_backbone
+from posefabric.models.network import FabricNetwork
 from posefabric.models.supernet import Supernet
 from posefabric.space.architecture import Architecture, Head
-from posefabric.space.fabric import FabricShape
+from posefabric.space.fabric import BackboneShape, FabricShape
 from posefabric.space.operations import OPERATIONS
+from posefabric.structures import PoseBatch
 
 PLAIN = ("zero", "skip", "sep_conv_3x3", "dil_conv_3x3")
 EVERY = tuple(OPERATIONS)
@@ -80,6 +83,52 @@ def make_supernet(
     )
     shake(network, seed)
     return network.eval()
+
+
+def make_fabric_supernet(
+    *,
+    seed: int = 0,
+    first_layer: int = 3,
+    faithful: bool = False,
+    relaxation: str = "softmax",
+    parts: dict[str, tuple[int, ...]] | None = None,
+) -> Supernet:
+    """A small mixture on a small fabric backbone, with shaken weights, alpha and beta."""
+    torch.manual_seed(seed)
+    shape = FabricShape(6, first_layer, 2, 1, PLAIN, faithful)
+    levels = shape.pyramid_levels
+    own = BackboneShape(3, 0, 1, 2, (*PLAIN, *POOLS), faithful, levels=levels)
+    network = Supernet(
+        shape=shape,
+        parts=parts or {"upper": (0, 2), "lower": (1, 2, 3)},
+        backbone=build_fabric_backbone("fabric_1", own),
+        skeleton="four",
+        keypoint_names=("a", "b", "c", "d"),
+        input_wh=(64, 64),
+        head=Head(peak=0.1),
+        relaxation=relaxation,
+        backbone_shape=own,
+    )
+    shake(network, seed)
+    return network.eval()
+
+
+def pose_batches(
+    network: FabricNetwork, count: int, *, persons: int = 2, dtype: torch.dtype = torch.float32
+) -> list[PoseBatch]:
+    """Different batches of noise, every keypoint annotated; the same at each call."""
+    generator = torch.Generator().manual_seed(3)
+    joints = len(network.graph.keypoint_names)
+    return [
+        PoseBatch(
+            images=torch.randn(persons, 3, 64, 64, generator=generator).to(dtype),
+            heatmaps=torch.rand(persons, joints, 16, 16, generator=generator).to(dtype),
+            weights=torch.ones(persons, joints).to(dtype),
+            input_to_image=torch.eye(2, 3).expand(persons, 2, 3),
+            index=torch.arange(persons),
+        )
+        for _ in range(count)
+    ]
 
 
 def make_compact(graph: Architecture) -> CompactNetwork:

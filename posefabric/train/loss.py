@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from posefabric.distributed import place, summed
+from posefabric.distributed import summed
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def loss_share(name: str, weights: Tensor) -> Loss:
     Args: weights (B, K) of all keypoints of this rank's persons; with several ranks a collective.
     """
     loss, count = LOSSES[name], COUNTS[name]
-    whole = summed([count(weights)])[0] if place().ranks > 1 else count(weights)
+    whole = summed([count(weights)])[0]
 
     def share(outputs: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         own = count(weights)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import PLAIN, shake
+from networks import PLAIN, make_fabric_supernet
 from trainings import make_config
 
 from posefabric import cli
@@ -29,29 +29,6 @@ from posefabric.train.optim import weight_groups
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 POOLED = (*PLAIN, *POOLS)
-
-
-def make(
-    *, seed: int = 0, first_layer: int = 3, faithful: bool = False, relaxation: str = "softmax"
-) -> Supernet:
-    """A small mixture on a small fabric backbone, with shaken weights, alpha and beta."""
-    torch.manual_seed(seed)
-    shape = FabricShape(6, first_layer, 2, 1, PLAIN, faithful)
-    levels = shape.pyramid_levels
-    own = BackboneShape(3, 0, 1, 2, POOLED, faithful, levels=levels)
-    network = Supernet(
-        shape=shape,
-        parts={"upper": (0, 2), "lower": (1, 2, 3)},
-        backbone=build_fabric_backbone("fabric_1", own),
-        skeleton="four",
-        keypoint_names=("a", "b", "c", "d"),
-        input_wh=(64, 64),
-        head=Head(peak=0.1),
-        relaxation=relaxation,
-        backbone_shape=own,
-    )
-    shake(network, seed)
-    return network.eval()
 
 
 def compact_of(graph: Architecture, mixture: Supernet) -> CompactNetwork:
@@ -87,7 +64,7 @@ def test_layers_open_and_stop_where_nothing_reads_them() -> None:
 @pytest.mark.parametrize("faithful", [False, True])
 @pytest.mark.parametrize("first_layer", [1, 3, 4])
 def test_every_weight_is_used(first_layer: int, faithful: bool) -> None:
-    network = make(first_layer=first_layer, faithful=faithful).train()
+    network = make_fabric_supernet(first_layer=first_layer, faithful=faithful).train()
     pyramid = network.backbone(IMAGES)
     assert [level.shape[1] for level in pyramid] == list(network.backbone.channels)
     assert [level.shape[-1] for level in pyramid] == [16, 8, 4, 2][: len(pyramid)]
@@ -99,7 +76,7 @@ def test_every_weight_is_used(first_layer: int, faithful: bool) -> None:
 
 
 def test_alpha_and_beta_of_the_backbone_are_architecture_parameters() -> None:
-    network = make()
+    network = make_fabric_supernet()
     found = network.arch_parameters()
     assert list(found)[:2] == ["backbone.alphas", "backbone.betas"] and len(found) == 6
     # Three edges of six candidates; layers of 2, 3 and 4 cells.
@@ -122,7 +99,7 @@ def test_alpha_and_beta_of_the_backbone_are_architecture_parameters() -> None:
 
 
 def test_a_copy_goes_by_its_own_alpha() -> None:
-    network = make()
+    network = make_fabric_supernet()
     twin = copy.deepcopy(network)
     with torch.no_grad():
         before = network.backbone(IMAGES)[0]
@@ -134,7 +111,7 @@ def test_a_copy_goes_by_its_own_alpha() -> None:
 @pytest.mark.parametrize("faithful", [False, True])
 @pytest.mark.parametrize("relaxation", ["softmax", "sparsemax"])
 def test_pruned_and_folded_it_computes_the_same(relaxation: str, faithful: bool) -> None:
-    mixture = make(seed=3, relaxation=relaxation, faithful=faithful).double()
+    mixture = make_fabric_supernet(seed=3, relaxation=relaxation, faithful=faithful).double()
     images = IMAGES.double()
     graph = prune(mixture.architecture())
     compact = build_compact(graph).double().eval()
@@ -157,7 +134,7 @@ def count(graph: Architecture) -> int:
 
 
 def test_levels_that_nothing_reads_are_pruned_from_the_backbone() -> None:
-    mixture = make()
+    mixture = make_fabric_supernet()
     with torch.no_grad():
         for part in ("upper", "lower"):
             beta = mixture.betas[part]
@@ -182,7 +159,9 @@ def test_levels_that_nothing_reads_are_pruned_from_the_backbone() -> None:
 
 
 def test_limits_hold_for_the_backbone_too() -> None:
-    graph = prune(discretize(make().architecture(), operations_kept=1, sources_kept=1))
+    graph = prune(
+        discretize(make_fabric_supernet().architecture(), operations_kept=1, sources_kept=1)
+    )
     assert graph.backbone.fabric is not None
     for cell in graph.backbone.fabric.cells:
         assert len(cell.sources) == 1 and all(len(edge.choices) == 1 for edge in cell.edges)
@@ -190,7 +169,7 @@ def test_limits_hold_for_the_backbone_too() -> None:
 
 
 def test_the_graph_goes_through_json_and_is_drawn() -> None:
-    graph = make().architecture()
+    graph = make_fabric_supernet().architecture()
     assert Architecture.from_json(graph.to_json()) == graph
     tree = json.loads(graph.to_json())
     assert tree["backbone"]["fabric"]["name"] == "backbone"
@@ -290,7 +269,7 @@ def test_search_derive_and_eval(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_a_frozen_stem_is_its_two_convolutions() -> None:
-    backbone = make().backbone.train()
+    backbone = make_fabric_supernet().backbone.train()
     backbone.freeze_to_stride_4()
     resting = {n for n, p in backbone.named_parameters() if not p.requires_grad}
     assert resting and resting == {n for n, _ in backbone.named_parameters() if "stem" in n}

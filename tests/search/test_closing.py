@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import make_supernet
+from networks import make_supernet, pose_batches
 
 from posefabric.config import SearchConfig
 from posefabric.derive.prune import prune
@@ -49,22 +49,9 @@ def undecided(network: Supernet, config: SearchConfig) -> list[Choice]:
 
 
 def evidence(network: Supernet, loss_of: Any = None) -> Evidence:
-    batch = a_batch(network)
+    batch = pose_batches(network, 1)[0]
     probe = Probe(network, loss=make_loss("cross_entropy"))
     return Evidence(train=batch, held_out=batch, rates={}, loss_of=loss_of or probe)
-
-
-def a_batch(network: Supernet) -> PoseBatch:
-    generator = torch.Generator().manual_seed(3)
-    joints = len(network.graph.keypoint_names)
-    maps = torch.rand(2, joints, 16, 16, generator=generator)
-    return PoseBatch(
-        images=torch.randn(2, 3, 64, 64, generator=generator),
-        heatmaps=maps,
-        weights=torch.ones(2, joints),
-        input_to_image=torch.eye(2, 3).expand(2, 2, 3),
-        index=torch.arange(2),
-    )
 
 
 @pytest.mark.parametrize("relaxation", ["softmax", "sparsemax"])

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from networks import make_supernet
+from networks import make_supernet, pose_batches
+from ranks import in_ranks
 from torch import Tensor
 from trainings import make_config, make_trainer
 
 from posefabric.config import SearchConfig
 from posefabric.derive.fit_budget import whole_cost
 from posefabric.derive.prune import prune
+from posefabric.distributed import place, share
 from posefabric.evaluate.profile import count_macs
 from posefabric.models.supernet import Supernet
 from posefabric.search.closing import Choice, all_choices
 from posefabric.search.shrinking import Shrinking
-from posefabric.structures import PoseBatch
-from posefabric.train.loss import cross_entropy
+from posefabric.train.loss import cross_entropy, make_loss
+from posefabric.train.parallel import Parallel
 from posefabric.train.probe import PartProbe
 
 Options = dict[tuple[Choice, int], float]
@@ -32,23 +35,8 @@ def strategy(**changes: Any) -> Shrinking:
     return Shrinking(SearchConfig(**{**options, "sources_left": 3, **changes}))
 
 
-def batches(network: Supernet) -> list[PoseBatch]:
-    generator = torch.Generator().manual_seed(3)
-    joints = len(network.graph.keypoint_names)
-    return [
-        PoseBatch(
-            images=torch.randn(2, 3, 64, 64, generator=generator),
-            heatmaps=torch.rand(2, joints, 16, 16, generator=generator),
-            weights=torch.ones(2, joints),
-            input_to_image=torch.eye(2, 3).expand(2, 2, 3),
-            index=torch.arange(2),
-        )
-        for _ in range(2)
-    ]
-
-
 def decide(own: Shrinking, network: Supernet, progress: float) -> dict[str, Any]:
-    seen = batches(network)
+    seen = pose_batches(network, 2)
     probe = PartProbe(network, seen, loss=cross_entropy, autocast=contextlib.nullcontext)
     return own.decide(network, seen, probe, progress)
 
@@ -66,7 +54,10 @@ def rises(network: Supernet) -> Options:
 
     def loss(other: Any) -> float:
         with torch.no_grad():
-            found = [cross_entropy(other(b.images), b.heatmaps, b.weights) for b in batches(other)]
+            found = [
+                cross_entropy(other(b.images), b.heatmaps, b.weights)
+                for b in pose_batches(other, 2)
+            ]
         return float(torch.stack(found).mean())
 
     first, found = loss(copy.deepcopy(network).train()), {}
@@ -133,11 +124,23 @@ def test_the_cost_falls_round_by_round_into_the_budget() -> None:
             decide(own, network, progress)
         costs.append(macs(network))
     assert costs[0] == whole and costs[1] == costs[2]
-    for step, share in ((1, 1 / 3), (3, 2 / 3), (4, 1)):
-        assert 0.95 * 0.85**share * whole < costs[step] <= 0.85**share * whole * 1.001
+    for step, due in ((1, 1 / 3), (3, 2 / 3), (4, 1)):
+        assert 0.95 * 0.85**due * whole < costs[step] <= 0.85**due * whole * 1.001
     for choice in all_choices(network):
         options = choice.open_options(network)
         assert options and not any(choice.is_zero(network, option) for option in options)
+
+
+def test_zero_goes_from_an_edge_that_has_lost_another_option_too() -> None:
+    network = make_supernet(shared_alpha=False, seed=2).train()
+    edge = Choice("upper", 0, 0)
+    (zero,) = [o for o in edge.open_options(network) if edge.is_zero(network, o)]
+    gone = edge.open_options(network)[-1]
+    edge.close(network, gone)
+    decide(strategy(operations_left=3), network, 0.8)
+    assert edge.open_options(network) == [
+        o for o in range(edge.existing(network)) if o not in (zero, gone)
+    ]
 
 
 def test_of_options_worth_nothing_the_most_expensive_goes() -> None:
@@ -152,7 +155,7 @@ def test_of_options_worth_nothing_the_most_expensive_goes() -> None:
                 rest = graph.model_copy(update={"backbone": network.graph.backbone})
                 saved[choice, option] = whole - whole_cost(rest).macs
     own = strategy(budget=f"macs={0.999 * whole:.0f}", rounds=1, operations_left=4)
-    own.decide(network, batches(network), lambda part=None: torch.tensor(1.0), 0.5)
+    own.decide(network, pose_batches(network, 2), lambda part=None: torch.tensor(1.0), 0.5)
     gone = [k for k in saved if k[1] not in k[0].open_options(network)]
     assert [saved[k] for k in gone] == [max(saved.values())]
 
@@ -165,13 +168,45 @@ def test_a_round_costs_what_torch_counts() -> None:
     assert record["worth_macs"] == pytest.approx(counted, rel=0.02)
 
 
+def test_ranks_close_as_one_process_and_count_every_person(tmp_path: Path) -> None:
+    """In float64, from shares of one and two persons."""
+    network = make_supernet(shared_alpha=False, seed=5).double().train()
+    seen = pose_batches(network, 2, persons=3, dtype=torch.float64)
+
+    def close(rank: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        rows = share(3, place())
+        own = [
+            dataclasses.replace(
+                batch,
+                images=batch.images[rows],
+                heatmaps=batch.heatmaps[rows],
+                weights=batch.weights[rows],
+                index=batch.index[rows],
+            )
+            for batch in seen
+        ]
+        other = copy.deepcopy(network)
+        with Parallel(other, sync_norms=True, seed=0).step(0):
+            loss = make_loss("cross_entropy")
+            probe = PartProbe(other, own, loss=loss, autocast=contextlib.nullcontext)
+            record = strategy(budget="macs=8M").decide(other, own, probe, 0.2)
+        return record, {n: p.detach() for n, p in other.arch_parameters().items()}
+
+    ranks = in_ranks(close, tmp_path)
+    record, expected = close(0)
+    assert record["closed"] > 0
+    for found, logits in ranks:
+        assert found == record
+        assert all(torch.equal(logits[name], value) for name, value in expected.items())
+
+
 def test_a_loss_that_is_not_finite_closes_nothing() -> None:
     network, own = make_supernet(seed=1), strategy()
 
     def broken(part: str | None = None) -> Tensor:
         return torch.tensor(float("nan") if part else 1.0)
 
-    record = own.decide(network, batches(network), broken, 0.8)
+    record = own.decide(network, pose_batches(network, 2), broken, 0.8)
     assert record["closed"] == 0 == closed(network)
     assert own.batches_wanted(network, 0.81) > 0, "the next step tries again"
 

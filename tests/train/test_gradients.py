@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from networks import make_supernet, noise
+from networks import make_fabric_supernet, make_supernet, pose_batches
 from torch import Tensor, nn
 
 from posefabric.models.grouped import fast_path
-from posefabric.models.network import PartNetwork
+from posefabric.models.network import FabricNetwork, PartNetwork
 from posefabric.structures import PoseBatch
 from posefabric.train.gradients import add_gradients, separate_parts
 from posefabric.train.loss import make_loss
@@ -21,17 +21,10 @@ APART = {"one": (2,), "two": (0, 3), "three": (1,)}
 MIXED = {"one": (2,), "two": (0, 3), "three": (1, 3)}  # two and three share a keypoint
 
 
-def a_batch(network: nn.Module, dtype: torch.dtype = torch.float64) -> PoseBatch:
-    joints = len(network.graph.keypoint_names)  # type: ignore[union-attr, arg-type]
-    weights = torch.ones(3, joints).to(dtype)
-    weights[0, 1] = weights[1, 2] = 0
-    return PoseBatch(
-        images=noise(3, 3, 64, 64).to(dtype),
-        heatmaps=noise(3, joints, 16, 16, seed=1).abs().to(dtype),
-        weights=weights,
-        input_to_image=torch.eye(2, 3).expand(3, 2, 3),
-        index=torch.arange(3),
-    )
+def a_batch(network: FabricNetwork, dtype: torch.dtype = torch.float64) -> PoseBatch:
+    (batch,) = pose_batches(network, 1, persons=3, dtype=dtype)
+    batch.weights[0, 1] = batch.weights[1, 2] = 0
+    return batch
 
 
 def by_parts(network: Any, batch: PoseBatch, loss: str, factor: float = 1.0) -> dict[str, Tensor]:
@@ -87,6 +80,15 @@ def test_a_level_that_does_not_learn_gets_no_gradient() -> None:
     batch = a_batch(network)
     assert_close(by_parts(network, batch, "mse"), at_once(other, batch, "mse"))
     assert all(parameter.grad is None for parameter in network.backbone.parameters())
+
+
+def test_a_fabric_backbone_gets_its_gradients_from_every_part() -> None:
+    network = make_fabric_supernet(parts=APART).double().train()
+    other = copy.deepcopy(network)
+    batch = a_batch(network)
+    found = by_parts(network, batch, "cross_entropy")
+    assert_close(found, at_once(other, batch, "cross_entropy"))
+    assert "alphas.backbone" in found
 
 
 def test_gradients_are_added() -> None:

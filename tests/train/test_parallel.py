@@ -18,9 +18,9 @@ from trainings import CASES, STEPS, losses, make_config, make_trainer, people
 
 from posefabric.distributed import from_first, place, share
 from posefabric.run import RunFolder
-from posefabric.structures import DataError, PersonDataset
+from posefabric.structures import DataError, PersonDataset, PoseBatch
+from posefabric.train.gradients import add_gradients
 from posefabric.train.loop import TrainingStopped
-from posefabric.train.loss import make_loss
 from posefabric.train.parallel import Parallel
 
 
@@ -100,10 +100,14 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     assert not [p for p in run.path.rglob("*") if p.name.endswith(".tmp")]
 
 
+@pytest.mark.parametrize("lower", [(1, 2, 3), (1, 3)], ids=["at_once", "by_parts"])
 @pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
-def test_gradients_are_those_of_the_whole_batch(loss: str, tmp_path: Path) -> None:
+def test_gradients_are_those_of_the_whole_batch(
+    loss: str, lower: tuple[int, ...], tmp_path: Path
+) -> None:
     """In float64, of every weight, alpha and beta; 3 persons are 1 and 2, unevenly annotated."""
-    network = make_supernet(relaxation="sparsemax").double().train()
+    parts = {"upper": (0, 2), "lower": lower}
+    network = make_supernet(relaxation="sparsemax", parts=parts).double().train()
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(3, 3, 64, 64, generator=generator).double()
     targets = torch.rand(3, 4, 16, 16, generator=generator).double()
@@ -113,10 +117,17 @@ def test_gradients_are_those_of_the_whole_batch(loss: str, tmp_path: Path) -> No
         rows = share(3, place())
         parallel = Parallel(network, sync_norms=True, seed=0)
         with parallel.step(0):
-            outputs = network(images[rows])
-            value = make_loss(loss)(outputs, targets[rows], weights[rows])
-            penalty = sum(network.indecision())
-            (value + parallel.penalty(penalty)).backward()  # type: ignore[arg-type]
+            batch = PoseBatch(
+                images=images[rows],
+                heatmaps=targets[rows],
+                weights=weights[rows],
+                input_to_image=torch.eye(2, 3).expand(len(images[rows]), 2, 3),
+                index=torch.arange(3)[rows],
+            )
+            value = add_gradients(
+                network, batch, loss=loss, autocast=contextlib.nullcontext, scale=lambda x: x
+            )
+            parallel.penalty(sum(network.indecision())).backward()  # type: ignore[arg-type]
             value = parallel.gather(value)
         statistics = {n: b for n, b in network.named_buffers() if "running" in n}
         return value, {n: p.grad for n, p in network.named_parameters()} | statistics

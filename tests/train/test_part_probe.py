@@ -8,47 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from networks import PLAIN, make_supernet
+from networks import make_fabric_supernet, make_supernet, pose_batches
 from torch import Tensor
 
-from posefabric.models.fabric_backbone import build_fabric_backbone
 from posefabric.models.supernet import Supernet
-from posefabric.space.architecture import Head
-from posefabric.space.fabric import BackboneShape, FabricShape
 from posefabric.structures import PoseBatch
 from posefabric.train.loss import cross_entropy
 from posefabric.train.probe import PartProbe
-
-
-def batches(network: Supernet, count: int = 2) -> list[PoseBatch]:
-    generator = torch.Generator().manual_seed(3)
-    joints = len(network.graph.keypoint_names)
-    return [
-        PoseBatch(
-            images=torch.randn(2, 3, 64, 64, generator=generator),
-            heatmaps=torch.rand(2, joints, 16, 16, generator=generator),
-            weights=torch.ones(2, joints),
-            input_to_image=torch.eye(2, 3).expand(2, 2, 3),
-            index=torch.arange(2),
-        )
-        for _ in range(count)
-    ]
-
-
-def fabric_backbone_network() -> Supernet:
-    torch.manual_seed(0)
-    shape = FabricShape(6, 3, 2, 1, PLAIN, False)
-    own = BackboneShape(3, 0, 1, 2, PLAIN, False, levels=shape.pyramid_levels)
-    return Supernet(
-        shape=shape,
-        parts={"upper": (0, 2), "lower": (1, 2, 3)},
-        backbone=build_fabric_backbone("fabric_1", own),
-        skeleton="four",
-        keypoint_names=("a", "b", "c", "d"),
-        input_wh=(64, 64),
-        head=Head(scores="softmax", peak=0.1),
-        backbone_shape=own,
-    )
 
 
 def probe_of(network: Supernet, seen: list[PoseBatch]) -> PartProbe:
@@ -64,7 +30,7 @@ def whole_loss(network: Supernet, seen: list[PoseBatch]) -> Tensor:
 
 def test_a_part_computed_anew_is_the_whole_network_with_it_changed() -> None:
     network = make_supernet(shared_alpha=False, seed=1).train()
-    seen = batches(network)
+    seen = pose_batches(network, 2)
     loss_of = probe_of(network, seen)
     before = copy.deepcopy(network.state_dict())
     random = torch.get_rng_state()
@@ -81,9 +47,9 @@ def test_a_part_computed_anew_is_the_whole_network_with_it_changed() -> None:
 
 
 def test_a_fabric_backbone_is_computed_for_all_parts() -> None:
-    network = fabric_backbone_network().train()
+    network = make_fabric_supernet().train()
     (own,) = set(network.shapes) - {part.name for part in network.graph.parts}
-    seen = batches(network, count=1)
+    seen = pose_batches(network, 1)
     loss_of = probe_of(network, seen)
     first = loss_of()
     network.betas[own].data[:, 0] += 3
