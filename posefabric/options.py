@@ -173,7 +173,9 @@ class SearchConfig(OptimConfig):
         "probability",
     )
     worth_persons: int = Field(
-        default=64, ge=1, description="shrinking, worth=loss: persons that it is measured on"
+        default=64,
+        ge=1,
+        description="shrinking, worth=loss: persons that it is measured on, up to whole batches",
     )
     rounds: int = Field(
         default=3, ge=1, description="shrinking, worth=loss: how often options are closed"
@@ -181,8 +183,9 @@ class SearchConfig(OptimConfig):
     decided_by: float = Field(
         default=0.8,
         gt=0,
-        le=1,
-        description="perturbation, shrinking: share of the search at which all is decided",
+        le=0.95,
+        description="perturbation, shrinking: share of the search at which all is decided; the "
+        "rest trains what is left",
     )
     temperature_end: float = Field(
         default=1.0, gt=0, le=1, description="logits are divided by it at the end"

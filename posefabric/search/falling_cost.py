@@ -27,7 +27,7 @@ class FallingCost:
     def __init__(self, network: Supernet, expected: ExpectedCost) -> None:
         self.expected = expected
         self.whole = self._whole(network)
-        self._known: tuple[int, float] | None = None
+        self._known: tuple[list[Tensor], float] | None = None
 
     def limit(self, share: float) -> float:
         """From the whole mixture's cost at 0 to the budget at 1, by equal factors."""
@@ -63,11 +63,11 @@ class FallingCost:
         return float(torch.stack(parts).sum()) + self.expected.constant
 
     def _cost(self, network: Supernet) -> float:
-        count = sum(int(mask.sum()) for part in network.shapes for mask in _open(network, part))
-        if self._known is None or self._known[0] != count:
+        masks = [mask for part in network.shapes for mask in _open(network, part)]
+        if self._known is None or not all(map(torch.equal, self._known[0], masks)):
             # By the graph, since a level of the backbone that nobody reads is not computed.
             cost = whole_cost(prune(network.architecture()), self.expected.table)
-            self._known = count, number(cost, self.expected.budget)
+            self._known = masks, number(cost, self.expected.budget)
         return self._known[1]
 
     def _best(

@@ -125,3 +125,18 @@ def test_shrinking_under_a_budget_that_starts_anew_closes_nothing_twice() -> Non
     before = macs(network)
     shrinking(budget).schedule(network, 0.6)
     assert macs(network) == before
+
+
+def test_an_option_that_goes_for_another_changes_the_cost() -> None:
+    """As sparsemax can make it: as many options weigh something, but not the same ones."""
+    network = make_supernet(shared_alpha=False, seed=1)
+    budget = Budget.parse(f"macs={macs(network)}")
+    falling = FallingCost(network, ExpectedCost(network, budget))
+    (choice, *_) = [c for c in all_choices(network) if c.edge is not None]
+    real = [o for o in choice.open_options(network) if not choice.is_zero(network, o)]
+    above = []
+    for option in real:
+        with choice.without(network, option):
+            above.append(falling.is_above(network, macs(network) - 1))
+            above.append(not falling.is_above(network, macs(network)))
+    assert all(above)
