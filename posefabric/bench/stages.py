@@ -106,7 +106,7 @@ def stage_rounds(gate: Gate, *, config: Config, batch: int, device: str, plan: R
     {"seconds": {stage: [...]}, "flops": {stage: {"dense", "depthwise"}}, "bytes": of the
     optimiser, "precision"}.
     """
-    keep_freed_memory()
+    keep_freed_memory(torch.device(device))
     step = StagedStep(config, batch=batch, device=torch.device(device))
     # On the plain path: a fused kernel does the same work, but does not show it to torch.
     flops = count_stages(step)

@@ -78,7 +78,7 @@ def loader_waits(
     read while the first step warmed up do not count.
     """
     place = torch.device(device)
-    keep_freed_memory()
+    keep_freed_memory(place)
     first = next(iter(configs.values()))
     network = build_supernet(first)
     choose_path(network, first, place)

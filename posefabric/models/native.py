@@ -1,4 +1,4 @@
-"""Compiles the fast path's CPU kernels with the machine's own compiler, once, and loads them.
+"""Compiles C++ files with the machine's own compiler, once, and loads the fast path's CPU kernels.
 
 ``kernels.cpp`` needs a C++ compiler and nothing of torch. What is compiled is kept in the user's
 cache folder, by the source, the compiler and the processor.
@@ -15,13 +15,16 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from posefabric.structures import PosefabricError
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
-FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno")
+COMMON = ("-std=c++17", "-fPIC", "-shared")
+NATIVE = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+OPTIONS = ("-O3", "-fopenmp", "-fno-math-errno", NATIVE)
 SECONDS = 300
 
 _P, _I, _D = ctypes.c_void_p, ctypes.c_longlong, ctypes.c_double
@@ -48,11 +51,8 @@ def load_kernels() -> Kernels:
 
     The caller says ``reason`` to the user where there is no compiler.
     """
-    compiler = _compiler()
-    if compiler is None:
-        return Kernels(None, "no C++ compiler (install g++ or clang, or set CXX)")
     try:
-        path = compile_kernels(compiler, cache_folder())
+        path = compile_library(SOURCE, OPTIONS)
         return Kernels(_declare(ctypes.CDLL(str(path))))
     except (PosefabricError, OSError, AttributeError) as error:
         return Kernels(None, str(error))
@@ -63,13 +63,22 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "posefabric"
 
 
-def compile_kernels(compiler: list[str], folder: Path) -> Path:
-    """The shared library in ``folder``, compiled unless it is there. Raises PosefabricError."""
-    target = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-    command = [*compiler, *FLAGS, target]
-    key = hashlib.sha256(SOURCE.read_bytes())
-    key.update("\0".join([*command, platform.machine(), _processor()]).encode())
-    library = folder / f"kernels-{key.hexdigest()[:16]}.so"
+def compile_library(source: Path, options: Sequence[str], *, built_for: str = "") -> Path:
+    """The shared library of a C++ file, in :func:`cache_folder`; compiled unless it is there.
+
+    Args:
+        options: of the compiler, after the source's name, so that libraries can be among them.
+        built_for: what else it depends on, such as a version of what it is linked with.
+
+    Raises PosefabricError where there is no compiler, or with what the compiler said.
+    """
+    compiler, folder = _compiler(), cache_folder()
+    if compiler is None:
+        raise PosefabricError("no C++ compiler (install g++ or clang, or set CXX)")
+    command = [*compiler, str(source), *COMMON, *options]
+    key = hashlib.sha256(source.read_bytes())
+    key.update("\0".join([*command, built_for, platform.machine(), _processor()]).encode())
+    library = folder / f"{source.stem}-{key.hexdigest()[:16]}.so"
     if library.is_file():
         return library
     folder.mkdir(parents=True, exist_ok=True)
@@ -78,16 +87,15 @@ def compile_kernels(compiler: list[str], folder: Path) -> Path:
         found = Path(made) / library.name
         try:
             done = subprocess.run(
-                [*command, "-o", str(found), str(SOURCE)],
-                capture_output=True,
-                text=True,
-                timeout=SECONDS,
+                [*command, "-o", str(found)], capture_output=True, text=True, timeout=SECONDS
             )
         except (OSError, subprocess.TimeoutExpired) as error:
-            raise PosefabricError(f"{compiler[0]} did not compile the kernels: {error}") from error
+            raise PosefabricError(
+                f"{compiler[0]} did not compile {source.name}: {error}"
+            ) from error
         if done.returncode:
             raise PosefabricError(
-                f"{compiler[0]} did not compile {SOURCE.name}: {done.stderr.strip()[-500:]}"
+                f"{compiler[0]} did not compile {source.name}: {done.stderr.strip()[-500:]}"
             )
         found.replace(library)
     return library

@@ -52,11 +52,11 @@ def train_phase(
     _check_loss(network, optim, phase)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    keep_freed_memory()
+    device = choose_device(config.device)
+    keep_freed_memory(device)
     # What is imported stays; the collector need not look through it again and again.
     gc.collect()
     gc.freeze()
-    device = choose_device(config.device)
     choose_path(network, config, device)
     validation = open_dataset(config.data, "val") if validation is None else validation
     data, held_out = TrainingData.open_split(
