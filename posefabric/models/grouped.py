@@ -29,7 +29,7 @@ from posefabric.models.fused import (
 )
 from posefabric.models.fused_convolutions import Window, depthwise, pointwise
 from posefabric.models.native import load_kernels
-from posefabric.models.posenfs_backbones import Bottleneck
+from posefabric.models.posenfs_backbones import Bottleneck, ResNet
 from posefabric.models.timm_import import import_timm
 from posefabric.space.cell import Cell, FromCoarser, FromFiner, Weight, edge_name, is_zero
 
@@ -118,17 +118,29 @@ class FastChain(Fast):
         return chain(list(module), input)
 
 
+class FastResNet(Fast):
+    """A ResNet whose stem's norm and ReLU are one computation, done again for the maximum."""
+
+    def stem(self, images: Tensor) -> Tensor:
+        network: Any = self
+        if not takes(images):
+            plain: Any = super()
+            return plain.stem(images)
+        x = _normed_relu(network.bn1, network.conv1(images))
+        return recomputing(lambda x: functional.max_pool2d(x, 3, stride=2, padding=1), x)
+
+
 class FastBottleneck(Fast):
     """ResNet's bottleneck: norm and ReLU, and the two norms of its sum, are one computation."""
 
     def forward(self, x: Tensor) -> Tensor:
         block: Any = self
-        if not takes(x) or not takes_norm(block.bn1, x):
+        if not takes(x):
             layer: Any = super()
             return layer.forward(x)
-        inner = _normed(block.bn1, block.conv1(x), RELU)
-        inner = _normed(block.bn2, block.conv2(inner), RELU)
-        last = Term(block.conv3(inner), norm=block.bn3)
+        inner = _normed_relu(block.bn1, block.conv1(x))
+        inner = _normed_relu(block.bn2, block.conv2(inner))
+        last = open_end([block.conv3, block.bn3], inner)
         residual = Term(x) if block.downsample is None else open_end(list(block.downsample), x)
         return weighted_sum([last, residual], relu=True)
 
@@ -204,6 +216,10 @@ def _normed(norm: Any, x: Tensor, act: int) -> Tensor:
     return weighted_sum([Term(x, norm=norm, act=act)])
 
 
+def _normed_relu(norm: Any, x: Tensor) -> Tensor:
+    return _normed(norm, x, RELU) if takes_norm(norm, x) else functional.relu(norm(x))
+
+
 def _node(terms: list[Term], like: Tensor) -> Tensor:
     """A node that nothing reaches is zero."""
     return weighted_sum(terms) if terms else torch.zeros_like(like)
@@ -235,6 +251,8 @@ def _fast_kind(module: nn.Module) -> type | None:
         return FastCell
     if isinstance(module, Bottleneck):
         return FastBottleneck
+    if isinstance(module, ResNet):
+        return FastResNet
     if type(module) is nn.Sequential:
         return FastChain
     if _is_norm(module):

@@ -119,11 +119,38 @@ def test_blocks_of_backbones(name: str) -> None:
     assert_equal(blocks()[name], noise(3, 6, 9, 8))
 
 
-@pytest.mark.parametrize("name", ["tf_efficientnet_lite0"])
-def test_the_default_backbone(name: str) -> None:
-    """TensorFlow's padding, depthwise 5x5, ReLU6."""
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "posenfs_resnet50"])
+def test_backbones(name: str) -> None:
+    """TensorFlow's padding, depthwise 5x5, ReLU6; bottlenecks and their stem."""
     backbone = make_backbone(name, levels=2)
     assert_equal(FinestAndCoarsest(backbone), noise(2, 3, 32, 32))
+
+
+def test_a_resnet_keeps_one_map_a_norm_and_one_a_block() -> None:
+    """Bytes kept of a picture, of all that is no parameter: what is computed again is not kept."""
+    resnet: Any = fast_path(make_backbone("posenfs_resnet50", levels=2).train())
+    own, expected = {p.data_ptr() for p in resnet.parameters()}, 0
+    kept: dict[int, Tensor] = {}
+
+    def keep(value: Tensor) -> Tensor:
+        if value.data_ptr() not in own and value.ndim == 4:
+            kept[value.data_ptr()] = value
+        return value
+
+    def count(module: nn.Module, _: Any, out: Tensor) -> None:
+        nonlocal expected
+        expected += out.numel() * out.element_size()
+
+    for module in resnet.modules():
+        if isinstance(module, (nn.Conv2d, Bottleneck)):
+            module.register_forward_hook(count)
+    images = noise(2, 3, 64, 64).float().to(memory_format=torch.channels_last)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        resnet(images)
+    found = sum(value.numel() * value.element_size() for value in kept.values())
+    # Beside them the first block's input and where its maxima lay, in 64-bit numbers.
+    pooled = 2 * 64 * 16 * 16 * (4 + 8)
+    assert found <= expected + pooled + images.numel() * 4
 
 
 class FinestAndCoarsest(nn.Module):
