@@ -94,7 +94,7 @@ def fused(mixture: Supernet, count: int, *, seed: int, strata: int = 10) -> list
         if len(drawn) >= 5 * count:
             break
     ordered = sorted(drawn.values(), key=lambda one: one.macs)
-    size = -(-len(ordered) // strata)
+    size = max(1, -(-len(ordered) // strata))
     groups = [ordered[start : start + size] for start in range(0, len(ordered), size)]
     turns = (group[turn] for turn in range(size) for group in groups if turn < len(group))
     chosen = [candidate for candidate, _ in zip(turns, range(count), strict=False)]

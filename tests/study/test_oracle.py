@@ -66,6 +66,7 @@ def test_fused_ones_are_spread_over_their_cost() -> None:
     costs = sorted(one.macs for one in found)
     assert costs[-1] > 1.05 * costs[0]
     assert max(len(kept) for one in found for kept in one.kept.values()) > 1
+    assert fused(network, 0, seed=0) == [], "as the command has it by default"
 
 
 def test_a_probability_is_that_of_its_choices() -> None:
