@@ -119,13 +119,13 @@ class FastChain(Fast):
 
 
 class FastResNet(Fast):
-    """A ResNet whose stem's norm and ReLU are one computation, done again for the maximum."""
+    """A ResNet whose first norm and ReLU are one computation, done again for the maximum."""
 
-    def stem(self, images: Tensor) -> Tensor:
+    def entry(self, images: Tensor) -> Tensor:
         network: Any = self
         if not takes(images):
             plain: Any = super()
-            return plain.stem(images)
+            return plain.entry(images)
         x = _normed_relu(network.bn1, network.conv1(images))
         return recomputing(lambda x: functional.max_pool2d(x, 3, stride=2, padding=1), x)
 

@@ -103,13 +103,13 @@ class ResNet(PosenfsBackbone):
         self.channels = tuple(4 * planes for planes in RESNET_PLANES[:levels])
         self.unused = ("fc.", *(f"layer{level + 1}." for level in range(levels, 4)))
 
-    def stem(self, images: Tensor) -> Tensor:
-        """To stride 4."""
+    def entry(self, images: Tensor) -> Tensor:
+        """To stride 4, before the bottlenecks."""
         x = functional.relu(self.bn1(self.conv1(images)))
         return functional.max_pool2d(x, 3, stride=2, padding=1)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        x = self.stem(images)
+        x = self.entry(images)
         pyramid = []
         for stage in self._stages:
             x = self.get_submodule(stage)(x)
