@@ -85,6 +85,8 @@ def command(subject: Subject, folder: Path, *, together: bool, steps: int) -> li
         "data.synthetic_train": BATCH,
         "data.synthetic_val": 2,
         "data.workers": 0,
+        # Plain steps: no rounds in which options are looked at.
+        "search.strategy": "synchronous",
         "search.batch_size": BATCH,
         "search.epochs": steps,
         "search.log_every": 1,
