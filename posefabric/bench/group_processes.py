@@ -23,6 +23,9 @@ BATCH = 16
 # Steps that do not count: libraries start, and the crops of the first epoch are drawn.
 WARM_STEPS = 2
 PATIENCE_S = 600
+ALONE, SHARED, OWN = "alone", "shared", "own"
+# Of two processes: norms that see the whole batch, and each its share of it.
+ROWS = {SHARED: "", OWN: ".own_norms"}
 
 
 def processes(bench: Bench) -> Iterator[Line]:
@@ -33,33 +36,32 @@ def processes(bench: Bench) -> Iterator[Line]:
     if late is not None:
         yield late
         return
-    took: dict[str, list[float]] = {"ours": [], "theirs": []}
+    took: dict[str, list[float]] = {arm: [] for arm in (*ROWS, ALONE)}
     for turn in range(bench.effort.launches):
-        order = ("ours", "theirs") if turn % 2 == 0 else ("theirs", "ours")
-        for arm in order:
-            together = arm == "ours"
+        for arm in list(took) if turn % 2 == 0 else list(took)[::-1]:
             folder = bench.folder / f"processes-{turn}-{arm}"
             launch(
-                command(subject, folder, together=together, steps=bench.effort.launch_steps),
-                threads=1 if together else PROCESSES,
+                command(subject, folder, arm=arm, steps=bench.effort.launch_steps),
+                threads=PROCESSES if arm == ALONE else 1,
             )
             took[arm].append(step_seconds(folder, skip=WARM_STEPS))
             shutil.rmtree(folder)
         if bench.too_late(name) is not None:
             break
-    yield speed_row(
-        name,
-        ours=took["ours"],
-        theirs=took["theirs"],
-        count=BATCH,
-        baseline=f"one process with {PROCESSES} threads, the same batch",
-        conditions={
-            "batch": BATCH,
-            "steps": bench.effort.launch_steps - WARM_STEPS,
-            "device": "cpu",
-            "processes": PROCESSES,
-        },
-    )
+    for arm, ending in ROWS.items():
+        yield speed_row(
+            name + ending,
+            ours=took[arm],
+            theirs=took[ALONE],
+            count=BATCH,
+            baseline=f"one process with {PROCESSES} threads, the same batch",
+            conditions={
+                "batch": BATCH,
+                "steps": bench.effort.launch_steps - WARM_STEPS,
+                "device": "cpu",
+                "processes": PROCESSES,
+            },
+        )
 
 
 def impossible(name: str) -> Missing | None:
@@ -71,8 +73,9 @@ def impossible(name: str) -> Missing | None:
     return None
 
 
-def command(subject: Subject, folder: Path, *, together: bool, steps: int) -> list[str]:
-    """The training as a command, in two processes or in one."""
+def command(subject: Subject, folder: Path, *, arm: str, steps: int) -> list[str]:
+    """The training as a command, in one process (``alone``) or in two, by the norms they have."""
+    together = arm != ALONE
     start = [sys.executable, "-m"]
     if together:
         start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}", "-m"]
@@ -81,21 +84,16 @@ def command(subject: Subject, folder: Path, *, together: bool, steps: int) -> li
     options = {
         "device": "cpu",
         "threads": threads,
+        "sync_norms": str(arm != OWN).lower(),
         "data.format": "synthetic",
         "data.synthetic_train": BATCH,
         "data.synthetic_val": 2,
-        "data.workers": 0,
-        # Plain steps: no rounds in which options are looked at.
-        "search.strategy": "synchronous",
         "search.batch_size": BATCH,
         "search.epochs": steps,
         "search.log_every": 1,
-        "search.checkpoint_every": 10**9,
     }
-    config = subject.base or ""
-    given = [*subject.overrides, "model.weights=none"]
-    given += [f"{key}={value}" for key, value in options.items()]
-    words = ["posefabric", "search", *([config] if config else []), *given]
+    given = subject.words(*(f"{key}={value}" for key, value in options.items()))
+    words = ["posefabric", "search", *([subject.base] if subject.base else []), *given]
     return [*start, *words, "--out", str(folder)]
 
 

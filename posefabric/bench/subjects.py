@@ -48,7 +48,11 @@ class Subject:
 
     def config(self, *more: str) -> Config:
         """What a user of the package gets: its default options, random weights."""
-        return load_config(self.base, (*_ALWAYS, *self.overrides, *more))
+        return load_config(self.base, self.words(*more))
+
+    def words(self, *more: str) -> tuple[str, ...]:
+        """The same as overrides of the base, for a command line."""
+        return (*_ALWAYS, *self.overrides, *more)
 
     def peer(self, name: str, *more: str) -> Config:
         """The peer of that name, at this input size, with heatmaps and the same loss."""

@@ -75,9 +75,9 @@ def compile_library(source: Path, options: Sequence[str], *, built_for: str = ""
     compiler, folder = _compiler(), cache_folder()
     if compiler is None:
         raise PosefabricError("no C++ compiler (install g++ or clang, or set CXX)")
-    command = [*compiler, str(source), *COMMON, *options]
     key = hashlib.sha256(source.read_bytes())
-    key.update("\0".join([*command, built_for, platform.machine(), _processor()]).encode())
+    known = [*compiler, *COMMON, *options, built_for, platform.machine(), _processor()]
+    key.update("\0".join(known).encode())
     library = folder / f"{source.stem}-{key.hexdigest()[:16]}.so"
     if library.is_file():
         return library
@@ -87,7 +87,10 @@ def compile_library(source: Path, options: Sequence[str], *, built_for: str = ""
         found = Path(made) / library.name
         try:
             done = subprocess.run(
-                [*command, "-o", str(found)], capture_output=True, text=True, timeout=SECONDS
+                [*compiler, str(source), *COMMON, *options, "-o", str(found)],
+                capture_output=True,
+                text=True,
+                timeout=SECONDS,
             )
         except (OSError, subprocess.TimeoutExpired) as error:
             raise PosefabricError(

@@ -13,7 +13,7 @@ def commands_of(planned: PlannedRun, finished: RunFolder) -> list[str]:
 
     A fabric that is trained from the start has no command of its own: it is a study's.
     """
-    options = [_shown(override) for override in planned.overrides]
+    options = [shown(override) for override in planned.overrides]
     out = f"runs/{planned.folder}"
     configured = [*([planned.config_name] if planned.config_name else []), *options]
     if planned.steps == "search":
@@ -34,5 +34,6 @@ def _line(*words: str) -> str:
     return "posefabric " + shlex.join(words)
 
 
-def _shown(override: str) -> str:
+def shown(override: str) -> str:
+    """An override as a page has it: where the data lie is nobody else's."""
     return "data.root=DIR" if override.startswith("data.root=") else override

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import shlex
 import shutil
 import statistics
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ from posefabric.run import RunFolder, write_atomic
 from posefabric.run.files import json_bytes
 from posefabric.search.run_search import search
 from posefabric.structures import PosefabricError
+from posefabric.study.commands import shown
 from posefabric.study.paths import Candidate, fused, likeliest, one_path
 from posefabric.study.rows import ROWS_NAME, Row, append_row, read_rows
 from posefabric.study.run_arm import derived_of, drawn_run, finetuned_of
@@ -72,8 +74,9 @@ def run_oracle(
             found.append(_compared(strategy, seed, network, own, candidates, paths, truth))
     verdicts = [verdict for row in found for verdict in row["verdicts"]]
     write_atomic(out / "verdicts.json", json_bytes([verdict.as_json() for verdict in verdicts]))
-    words = [config, *overrides, "--strategies", *strategies, f"--fused {fused_count}"]
-    text = _markdown(candidates, truth, rows, found, " ".join([*words, f"--seeds {seeds}"]))
+    words = [config, *map(shown, overrides), "--strategies", *strategies]
+    words += ["--fused", str(fused_count), "--seeds", str(seeds)]
+    text = _markdown(candidates, truth, rows, found, shlex.join(words))
     write_atomic(out / "oracle.md", text.encode())
     return out / "oracle.md"
 
@@ -206,7 +209,7 @@ def _markdown(
 ) -> str:
     lines = [
         "# Oracle", "",
-        f"{len(candidates)} architectures, each trained with {len(rows) // len(candidates)} seeds.",
+        f"{len(candidates)} architectures, seeds of each: {len(rows) // len(candidates)}.",
         "", "```bash", f"posefabric oracle {command} --out DIR", "```", "",
         "## What the searches found", "",
         "| strategy | seed | its one-path architecture | PCK | rank |", "|---|---|---|---|---|",

@@ -7,6 +7,7 @@
 
 #include <c10/core/CPUAllocator.h>
 
+#include <iterator>
 #include <map>
 #include <mutex>
 #include <set>

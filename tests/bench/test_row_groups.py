@@ -211,20 +211,24 @@ def test_two_processes_against_two_threads(tmp_path, monkeypatch) -> None:
         launched.append((words, threads))
         folder = Path(words[-1])
         together = "torch.distributed.run" in words
-        step = 2.0 if together else 1.8
+        step = (2.0 if "sync_norms=false" in words else 3.0) if together else 1.8
         write_metrics(folder, {n: n * step for n in range(1, 5)})
 
     monkeypatch.setattr(group_processes, "launch", launch)
     monkeypatch.setattr(group_processes, "impossible", lambda name: None)
     bench = make_bench(tmp_path)
     assert measured(group_processes.processes(bench)) == {
-        "processes.gloo2.tiny": pytest.approx(0.9)
+        "processes.gloo2.tiny": pytest.approx(0.6),
+        "processes.gloo2.tiny.own_norms": pytest.approx(0.9),
     }
-    (two, one), (first, second) = zip(*launched, strict=True)
-    assert (first, second) == (1, 2)
+    (two, own, one), threads = zip(*launched, strict=True)
+    assert threads == (1, 1, 2)
     assert "--nproc-per-node=2" in two and "threads=1" in two and "threads=2" in one
+    assert "sync_norms=true" in two and "sync_norms=true" in one
     same = [set(words) - {"threads=1", "threads=2", words[-1]} for words in (one, two)]
     assert same[0] < same[1] and "search" in same[0]
+    assert set(two) ^ set(own) == {"sync_norms=true", "sync_norms=false", two[-1], own[-1]}
+    assert "search.strategy=synchronous" in two, "steps, and no rounds in which options are tried"
     assert not list(tmp_path.glob("processes-*"))
 
 

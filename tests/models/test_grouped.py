@@ -119,6 +119,22 @@ def test_blocks_of_backbones(name: str) -> None:
     assert_equal(blocks()[name], noise(3, 6, 9, 8))
 
 
+class Resting(nn.Sequential):
+    """Its norms stay as in evaluation."""
+
+    def train(self, mode: bool = True) -> Resting:
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
+
+
+def test_bottlenecks_whose_norms_rest() -> None:
+    bottlenecks: Any = blocks()["bottleneck"]
+    assert_equal(Resting(*bottlenecks), noise(3, 6, 9, 8))
+
+
 @pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "posenfs_resnet50"])
 def test_backbones(name: str) -> None:
     """TensorFlow's padding, depthwise 5x5, ReLU6; bottlenecks and their stem."""

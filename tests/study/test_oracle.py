@@ -119,6 +119,7 @@ def test_the_oracle_from_the_command_line(tmp_path: Path, monkeypatch, capsys) -
     assert [set(v) for v in verdicts] == [{"claim", "effect", "interval", "p", "holds"}] * 2
     page = (out / "oracle.md").read_text()
     assert "of 5 |" in page and "fused 1" in page
+    assert "'model.operations=[zero,dil_conv_3x3]'" in page, "as a shell reads it"
     capsys.readouterr()
     assert command(monkeypatch, *words) == 0
     assert "[1/6]" not in capsys.readouterr().out, "what is trained is not trained again"

@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -41,6 +42,7 @@ page = lambda block: block.data_ptr() // 4096
 blocks = [torch.empty(1 << 20) for _ in range(5)]
 places = [page(block) for block in blocks]
 assert [b - a for a, b in zip(places, places[1:])] == [1025] * 4, places
+assert len({block.data_ptr() % 4096 for block in blocks}) == 5, "in other sets of the cache"
 blocks[2] = None
 again = torch.empty(1 << 20)
 assert page(again) == places[2], "one of its own size"
@@ -121,6 +123,7 @@ def test_a_forked_process_allocates_while_a_thread_did() -> None:
         for _ in range(20):
             child = os.fork()
             if child == 0:
+                signal.alarm(20)  # a list that stayed locked would hold it for ever
                 os._exit(len(torch.empty(1 << 16)) != 1 << 16)
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     finally:
@@ -140,6 +143,21 @@ def test_where_nothing_can_be_compiled_the_heap_stays(
     assert len(caplog.records) == 1, "a GPU's maps are elsewhere"
 
 
+def test_where_no_room_can_be_reserved_the_heap_stays() -> None:
+    script = """
+import resource
+import torch
+from posefabric.train.memory import keep_freed_memory, load_extents
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, used + 2**30))
+keep_freed_memory(torch.device("cpu"))
+assert float(torch.ones(1 << 20).sum()) == 1 << 20
+load_extents.cache_info().currsize or print("heap")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "heap\n" and "ulimit" in done.stderr, done.stderr
+
+
 def test_a_compiler_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     wrong = tmp_path / "wrong.cpp"
@@ -149,5 +167,9 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_pa
     right = tmp_path / "right.cpp"
     right.write_text('extern "C" int answer() { return 42; }')
     first = native.compile_library(right, ())
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "right.cpp").write_text(right.read_text())
+    assert first == native.compile_library(elsewhere / "right.cpp", ()), "the same source"
     assert first == native.compile_library(right, ()) and first.parent == tmp_path / "posefabric"
     assert first != native.compile_library(right, (), built_for="another version")
