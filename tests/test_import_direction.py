@@ -18,6 +18,7 @@ ROOT = Path(posefabric.__file__).parent
 # each other.
 ORDER: tuple[tuple[str, ...], ...] = (
     ("structures", "budget"),
+    ("native",),
     ("section",),
     ("options", "options_data"),
     ("config",),

@@ -2,6 +2,7 @@
 
 from posefabric.distributed.launch import Launch, is_first, launched, share
 from posefabric.distributed.ranks import (
+    add_up,
     any_rank,
     broadcast,
     check_equal,
@@ -20,6 +21,7 @@ from posefabric.distributed.watch import RankLost
 __all__ = [
     "Launch",
     "RankLost",
+    "add_up",
     "any_rank",
     "broadcast",
     "check_equal",

@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 
 from posefabric.structures import PosefabricError
+
+# A rank may evaluate, read or write alone for this long; the dead are found sooner (watch.py).
+TIMEOUT = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)

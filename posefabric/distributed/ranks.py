@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from posefabric.distributed.launch import Launch
+from posefabric.distributed.shared_sums import SharedSums, open_together
 from posefabric.distributed.watch import Watch
 from posefabric.structures import PosefabricError
 
@@ -21,6 +22,8 @@ class _Group:
 
     launch = Launch()
     watch: Watch | None = None
+    shared: SharedSums | None = None
+    looked_for_shared = False
 
 
 def enter(launch: Launch, watch: Watch) -> None:
@@ -29,7 +32,10 @@ def enter(launch: Launch, watch: Watch) -> None:
 
 
 def leave() -> None:
+    if _Group.shared is not None:
+        _Group.shared.close()
     _Group.launch, _Group.watch = Launch(), None
+    _Group.shared, _Group.looked_for_shared = None, False
 
 
 def place() -> Launch:
@@ -42,9 +48,11 @@ def together(work: Callable[[], T]) -> T:
     try:
         return work()
     except RuntimeError as error:
-        if _Group.watch is None:
-            raise
-        raise _Group.watch.lost(error) from error
+        raise _lost(error) from error
+
+
+def _lost(error: RuntimeError) -> Exception:
+    return error if _Group.watch is None else _Group.watch.lost(error)
 
 
 def barrier() -> None:
@@ -60,14 +68,36 @@ def summed(tensors: Sequence[Tensor]) -> list[Tensor]:
     Every rank gets the same bits.
     """
     import torch
-    import torch.distributed as dist
 
     if place().ranks == 1 or not tensors:
         return list(tensors)
-    flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
-    together(lambda: dist.all_reduce(flat))
+    flat = add_up(torch.cat([tensor.detach().reshape(-1) for tensor in tensors]))
     pieces = flat.split([tensor.numel() for tensor in tensors])
     return [piece.view(t.shape) for piece, t in zip(pieces, tensors, strict=True)]
+
+
+def add_up(flat: Tensor) -> Tensor:
+    """The sum of (n,) over all ranks; may be the tensor given. Every rank gets the same bits."""
+    if _Group.launch.ranks == 1:
+        return flat
+    shared = _shared() if flat.device.type == "cpu" and flat.is_floating_point() else None
+    if shared is not None and flat.element_size() >= 4:
+        try:
+            return shared.add(flat)
+        except RuntimeError as error:
+            raise _lost(error) from error
+    import torch.distributed as dist
+
+    together(lambda: dist.all_reduce(flat))
+    return flat
+
+
+def _shared() -> SharedSums | None:
+    """Memory of all ranks, where they are on one machine; opened at the first call, by all."""
+    if not _Group.looked_for_shared:
+        _Group.looked_for_shared = True
+        _Group.shared = open_together(place(), gather)
+    return _Group.shared
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:

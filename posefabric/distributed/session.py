@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from datetime import timedelta
 from typing import Any
 
 from posefabric.distributed import ranks
-from posefabric.distributed.launch import Launch, launched
+from posefabric.distributed.launch import TIMEOUT, Launch, launched
 from posefabric.distributed.watch import SILENT_S, RankLost, Watch
 from posefabric.structures import PosefabricError
-
-# A rank may evaluate, read or write alone for this long; the dead are found sooner (watch.py).
-TIMEOUT = timedelta(minutes=10)
 
 
 @contextlib.contextmanager

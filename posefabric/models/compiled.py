@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from posefabric.distributed import place
 from posefabric.models.grouped import fast_path, plain_path
-from posefabric.models.native import load_kernels
+from posefabric.models.kernels import load_kernels
 from posefabric.space.cell import Cell, Weight
 from posefabric.structures import PosefabricError
 

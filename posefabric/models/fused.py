@@ -6,8 +6,9 @@ are not differentiable once more.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from posefabric.models.native import load_kernels
+from posefabric.models.kernels import load_kernels
 from posefabric.structures import PosefabricError
 
 NONE, RELU, RELU6 = 0, 1, 2
@@ -36,8 +37,31 @@ def takes(x: Tensor) -> bool:
     )
 
 
+class _Norms:
+    """What adds up the batches of all processes for norms that see all of them."""
+
+    add_up: Callable[[Tensor], Tensor] | None = None
+
+
+@contextlib.contextmanager
+def norms_over_all(add_up: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Inside, norms see the batches of all processes.
+
+    ``add_up`` takes float64 (n,) and returns the sum over the processes, all of which call it
+    as often, forward and backward.
+    """
+    before, _Norms.add_up = _Norms.add_up, add_up
+    try:
+        yield
+    finally:
+        _Norms.add_up = before
+
+
 def takes_norm(norm: nn.Module, x: Tensor) -> bool:
-    """Whether ``norm`` normalises by this batch, alone, and says how to keep statistics."""
+    """Whether ``norm`` normalises by the batch, and says how to keep statistics.
+
+    Processes whose norms see all their batches give the same answer.
+    """
     return (
         isinstance(norm, nn.BatchNorm2d)
         and norm.training
@@ -45,15 +69,15 @@ def takes_norm(norm: nn.Module, x: Tensor) -> bool:
         and norm.running_mean is not None
         and norm.running_mean.dtype == x.dtype
         and norm.num_features == x.shape[1]
-        and x.numel() // x.shape[1] > 1
-        and not _has_other_ranks()
+        and (_Norms.add_up is not None or x.numel() // x.shape[1] > 1)
     )
 
 
-def _has_other_ranks() -> bool:
-    """Several processes normalise by all their batches, which these kernels do not see."""
-    parallel = torch.distributed
-    return parallel.is_available() and parallel.is_initialized() and parallel.get_world_size() > 1
+def one_value(shape: torch.Size) -> PosefabricError:
+    return PosefabricError(
+        f"a batch norm sees one value a channel ({tuple(shape)}, all processes together); use a "
+        f"larger batch_size or input_wh"
+    )
 
 
 @dataclass
@@ -72,7 +96,7 @@ class _Kept:
 
     weight: float
     act: int
-    stats: Tensor | None
+    stats: Tensor | None = None
 
 
 def weighted_sum(terms: Sequence[Term], *, relu: bool = False) -> Tensor:
@@ -100,14 +124,12 @@ def weighted_sum(terms: Sequence[Term], *, relu: bool = False) -> Tensor:
 class _WeightedSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, terms: list[Term], relu: bool, *tensors: Tensor | None) -> Tensor:
-        maps = [tensors[4 * i] for i in range(len(terms))]
-        kept = []
-        for term, x, gamma, beta in zip(terms, maps, tensors[2::4], tensors[3::4], strict=True):
-            assert x is not None
-            stats = None if term.norm is None else _statistics(x, term.norm, gamma, beta)
-            number = torch.as_tensor(term.weight).detach().item()
-            kept.append(_Kept(number, term.act, stats))
-        out = _mix(maps, kept, relu)  # type: ignore[arg-type]
+        maps: Any = tensors[::4]
+        numbers = [torch.as_tensor(term.weight).detach().item() for term in terms]
+        kept = [_Kept(number, term.act) for number, term in zip(numbers, terms, strict=True)]
+        ctx.add_up = _Norms.add_up
+        ctx.values = _normalise(maps, terms, kept, ctx.add_up)
+        out = _mix(maps, kept, relu)
         ctx.kept, ctx.relu = kept, relu
         ctx.save_for_backward(*tensors, out if relu else None)
         return out
@@ -116,41 +138,141 @@ class _WeightedSum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         *tensors, out = ctx.saved_tensors
-        gradient = channels_last(gradient)
-        found: list[Tensor | None] = []
-        for i, kept in enumerate(ctx.kept):
-            x, scalar, gamma, beta = tensors[4 * i : 4 * i + 4]
-            wanted = ctx.needs_input_grad[2 + 4 * i : 6 + 4 * i]
-            dx = torch.empty_like(x, memory_format=torch.channels_last) if wanted[0] else None
-            dgamma = torch.empty_like(gamma) if gamma is not None and wanted[2] else None
-            dbeta = torch.empty_like(beta) if beta is not None and wanted[3] else None
-            slope = kernel("mix_backward", x.dtype)(
-                *map(address, (x, gradient, out, kept.stats, gamma, beta)),
-                kept.act,
-                kept.weight,
-                *rows_of(x),
-                bool(wanted[1]),
-                *map(address, (dx, dgamma, dbeta)),
+        steps = _Backward(channels_last(gradient), out, ctx.values)
+        terms = [
+            _KeptTerm(
+                kept, *tensors[4 * i : 4 * i + 4], *ctx.needs_input_grad[2 + 4 * i : 6 + 4 * i]
             )
-            dscalar = x.new_tensor(slope).view_as(scalar) if wanted[1] else None
-            found += [dx, dscalar, dgamma, dbeta]
+            for i, kept in enumerate(ctx.kept)
+        ]
+        totals = torch.zeros(len(terms), 2 * gradient.shape[1], dtype=torch.float64)
+        slopes, dxs = [], []
+        for term, total in zip(terms, totals, strict=True):
+            slopes.append(steps.sums(term, total))
+            if ctx.add_up is None:
+                # At once, while the map is in the cache.
+                dxs.append(steps.input(term, total))
+        if ctx.add_up is not None:
+            shared = [term.kept.stats is not None and term.wants_x for term in terms]
+            if any(shared):
+                totals[shared] = ctx.add_up(totals[shared].flatten()).view(-1, totals.shape[1])
+            dxs = [steps.input(term, total) for term, total in zip(terms, totals, strict=True)]
+        found = [each for dx, own in zip(dxs, slopes, strict=True) for each in (dx, *own)]
         return (None, None, *found)
 
 
-def _statistics(x: Tensor, norm: nn.BatchNorm2d, gamma: Tensor | None, beta: Tensor | None):
-    """Rows of C: mean, 1 / deviation, factor, summand. Moves the norm's running statistics."""
-    stats = x.new_empty(4, x.shape[1])
-    if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-    kernel("statistics", x.dtype)(
-        address(x),
-        *rows_of(x),
-        *map(address, (gamma, beta, norm.running_mean, norm.running_var)),
-        norm.momentum,
-        norm.eps,
-        address(stats),
-    )
-    return stats
+@dataclass
+class _KeptTerm:
+    """Of one term, what the backward pass has and what it is asked for."""
+
+    kept: _Kept
+    x: Tensor
+    scalar: Tensor | None
+    gamma: Tensor | None
+    beta: Tensor | None
+    wants_x: bool
+    wants_scalar: bool
+    wants_gamma: bool
+    wants_beta: bool
+
+
+@dataclass
+class _Backward:
+    """The two halves of a term's backward pass.
+
+    Attributes:
+        gradient: of the sum.
+        out: the sum, where it has a ReLU.
+        values: how many values a channel the norms have seen.
+    """
+
+    gradient: Tensor
+    out: Tensor | None
+    values: float
+
+    def sums(self, term: _KeptTerm, total: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of weight, gamma and beta; into ``total`` (2 C,) what the map's needs."""
+        dgamma, dbeta = (
+            torch.empty_like(each) if each is not None and wanted else None
+            for each, wanted in ((term.gamma, term.wants_gamma), (term.beta, term.wants_beta))
+        )
+        if term.kept.stats is None and not term.wants_scalar:
+            return None, None, None
+        slope = kernel("term_sums", term.x.dtype)(
+            *self._slopes(term),
+            *map(address, (term.gamma, term.beta)),
+            term.kept.weight,
+            *map(address, (total, dgamma, dbeta)),
+        )
+        if term.scalar is None or not term.wants_scalar:
+            return None, dgamma, dbeta
+        return term.scalar.new_full(term.scalar.shape, slope), dgamma, dbeta
+
+    def input(self, term: _KeptTerm, total: Tensor) -> Tensor | None:
+        """The map's gradient, by the sums over all values of its norm."""
+        if not term.wants_x:
+            return None
+        dx = torch.empty_like(term.x, memory_format=torch.channels_last)
+        kernel("term_input", term.x.dtype)(
+            *self._slopes(term),
+            address(term.gamma),
+            term.kept.weight,
+            address(total),
+            self.values,
+            address(dx),
+        )
+        return dx
+
+    def _slopes(self, term: _KeptTerm) -> tuple[Any, ...]:
+        maps = (term.x, self.gradient, self.out, term.kept.stats)
+        return *map(address, maps), term.kept.act, *rows_of(term.x)
+
+
+def _normalise(
+    maps: Sequence[Tensor],
+    terms: Sequence[Term],
+    kept: Sequence[_Kept],
+    add_up: Callable[[Tensor], Tensor] | None,
+) -> float:
+    """Put the statistics of the norms into ``kept`` and move the running ones.
+
+    Returns how many values a channel they are of.
+    """
+    rows, channels = rows_of(maps[0])
+    normed = [
+        (x, term.norm, into)
+        for x, term, into in zip(maps, terms, kept, strict=True)
+        if term.norm is not None
+    ]
+    if not normed:
+        return rows
+    sums = torch.empty(len(normed) * 2 * channels + 1, dtype=torch.float64)
+    places = range(sums.data_ptr(), address(sums[-1:]) or 0, 16 * channels)
+    for (x, _, _), place in zip(normed, places, strict=True):
+        kernel("moments", x.dtype)(address(x), rows, channels, place)
+    values = float(rows)
+    if add_up is not None:
+        # One operation for all norms of the sum.
+        sums[-1] = rows
+        sums = add_up(sums)
+        values = float(sums[-1])
+        places = range(sums.data_ptr(), address(sums[-1:]) or 0, 16 * channels)
+    if values <= 1:
+        raise one_value(maps[0].shape)
+    for (x, norm, into), place in zip(normed, places, strict=True):
+        into.stats = x.new_empty(4, channels)
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+        kernel("norm_factors", x.dtype)(
+            place,
+            values,
+            channels,
+            *map(address, (norm.weight, norm.bias, norm.running_mean, norm.running_var)),
+            norm.momentum,
+            norm.eps,
+            address(into.stats),
+        )
+    return values
 
 
 def _mix(maps: Sequence[Tensor], kept: Sequence[_Kept], relu: bool) -> Tensor:

@@ -28,7 +28,7 @@ from posefabric.models.fused import (
     weighted_sum,
 )
 from posefabric.models.fused_convolutions import Window, depthwise, pointwise
-from posefabric.models.native import load_kernels
+from posefabric.models.kernels import load_kernels
 from posefabric.models.posenfs_backbones import Bottleneck, ResNet
 from posefabric.models.timm_import import import_timm
 from posefabric.space.cell import Cell, FromCoarser, FromFiner, Weight, edge_name, is_zero

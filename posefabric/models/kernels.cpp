@@ -233,11 +233,8 @@ template <class R> struct Moments {
   }
 };
 
-// Mean, 1 / deviation, and the factor and summand of the norm, four rows of C; moves the running
-// statistics, where there are any. Sums are of x - x[0], which rounds less than those of x.
-template <class R>
-static void statistics(const R* x, Int rows, Int channels, const R* gamma, const R* beta,
-                       R* running_mean, R* running_var, double momentum, double eps, R* out) {
+// Sums of x and of its square, two rows of C. They are formed of x - x[0], which rounds less.
+template <class R> static void moments(const R* x, Int rows, Int channels, double* out) {
   const Int pieces = std::min(rows, PIECES);
   std::vector<double> sums(pieces * 2 * channels, 0.0);
 #pragma omp parallel for schedule(static)
@@ -255,9 +252,23 @@ static void statistics(const R* x, Int rows, Int channels, const R* gamma, const
       sum += sums[p * 2 * channels + c];
       square += sums[(p * 2 + 1) * channels + c];
     }
-    const double off = sum / rows, mean = x[c] + off;
+    const double origin = x[c];
+    out[c] = rows * origin + sum;
+    out[channels + c] = square + origin * (2 * sum + rows * origin);
+  }
+}
+
+// Of the moments of `rows` values a channel, which may be more than this process has: mean, 1 /
+// deviation, and the factor and summand of the norm, four rows of C. Moves the running statistics,
+// where there are any.
+template <class R>
+static void norm_factors(const double* sums, double rows, Int channels, const R* gamma,
+                         const R* beta, R* running_mean, R* running_var, double momentum,
+                         double eps, R* out) {
+  for (Int c = 0; c < channels; ++c) {
+    const double mean = sums[c] / rows;
     // A comparison that keeps what is not a number.
-    double variance = square / rows - off * off;
+    double variance = sums[channels + c] / rows - mean * mean;
     if (variance < 0) variance = 0;
     const double scale = 1 / std::sqrt(variance + eps);
     const double factor = scale * (gamma ? gamma[c] : 1.0);
@@ -389,70 +400,77 @@ template <class R, int ACT, bool NORMED> struct Apply {
   }
 };
 
+// A term's backward pass comes in two: its sums over pixels, and, for the input, what they make of
+// every pixel. Between the two, processes may add up theirs.
+
+// Sums of the slopes, and of their products with x (less its mean, of a norm), two rows of C. What
+// comes back is the gradient of the weight.
 template <class R, int ACT, bool NORMED>
-static double term_backward(const R* x, const R* g, const R* sum, const R* stats, const R* gamma,
-                            const R* beta, double weight, Int rows, Int channels, Int reduce, R* dx,
-                            R* dgamma, R* dbeta) {
-  Slopes<R, ACT, NORMED> slopes = {x, g, sum, stats, channels};
-  std::vector<double> total(2 * channels, 0.0);
-  if (NORMED || reduce) {
-    const Int pieces = std::min(rows, PIECES);
-    std::vector<double> sums(pieces * 2 * channels, 0.0);
+static double term_sums(const Slopes<R, ACT, NORMED>& slopes, const R* gamma, const R* beta,
+                        double weight, Int rows, double* total, R* dgamma, R* dbeta) {
+  const Int channels = slopes.channels, pieces = std::min(rows, PIECES);
+  std::vector<double> sums(pieces * 2 * channels, 0.0);
 #pragma omp parallel for schedule(static)
-    for (Int p = 0; p < pieces; ++p) {
-      const Int last = rows * (p + 1) / pieces;
-      double* own = sums.data() + p * 2 * channels;
-      for (Int n = rows * p / pieces; n < last; n += BLOCK) {
-        Reduce<R, ACT, NORMED> part = {slopes, n, std::min(n + BLOCK, last), own, own + channels};
-        channel_blocks<R, 2>(0, channels, part);
-      }
+  for (Int p = 0; p < pieces; ++p) {
+    const Int last = rows * (p + 1) / pieces;
+    double* own = sums.data() + p * 2 * channels;
+    for (Int n = rows * p / pieces; n < last; n += BLOCK) {
+      Reduce<R, ACT, NORMED> part = {slopes, n, std::min(n + BLOCK, last), own, own + channels};
+      channel_blocks<R, 2>(0, channels, part);
     }
-    for (Int p = 0; p < pieces; ++p)
-      for (Int i = 0; i < 2 * channels; ++i) total[i] += sums[p * 2 * channels + i];
   }
-  std::vector<R> factors(3 * channels);
+  for (Int i = 0; i < 2 * channels; ++i) {
+    total[i] = 0;
+    for (Int p = 0; p < pieces; ++p) total[i] += sums[p * 2 * channels + i];
+  }
   double by_weight = 0;
   for (Int c = 0; c < channels; ++c) {
     if (!NORMED) {
-      factors[c] = weight;
       by_weight += total[channels + c];
       continue;
     }
-    const double scale = stats[channels + c], by_gamma = total[channels + c] * scale;
-    const double own = gamma ? gamma[c] : 1.0;
-    const double direct = weight * own * scale;
-    factors[c] = direct;
-    factors[channels + c] = -direct * by_gamma / rows * scale;
-    factors[2 * channels + c] = -direct * total[c] / rows;
-    by_weight += own * by_gamma + (beta ? beta[c] : 0.0) * total[c];
+    const double by_gamma = total[channels + c] * slopes.stats[channels + c];
+    by_weight += (gamma ? gamma[c] : 1.0) * by_gamma + (beta ? beta[c] : 0.0) * total[c];
     if (dgamma) dgamma[c] = weight * by_gamma;
     if (dbeta) dbeta[c] = weight * total[c];
-  }
-  if (dx) {
-    const Int step = std::max<Int>(1, 4096 / channels);
-#pragma omp parallel for schedule(static)
-    for (Int n = 0; n < rows; n += step) {
-      Apply<R, ACT, NORMED> part = {slopes,         n, std::min(rows, n + step),
-                                    factors.data(), factors.data() + channels,
-                                    factors.data() + 2 * channels, dx};
-      channel_blocks<R, 2>(0, channels, part);
-    }
   }
   return by_weight;
 }
 
-template <class R>
-static double mix_backward(const R* x, const R* g, const R* sum, const R* stats, const R* gamma,
-                           const R* beta, Int act, double weight, Int rows, Int channels, Int reduce,
-                           R* dx, R* dgamma, R* dbeta) {
-#define TERM(ACT, NORMED)                                                                      \
-  term_backward<R, ACT, NORMED>(x, g, sum, stats, gamma, beta, weight, rows, channels, reduce, \
-                                dx, dgamma, dbeta)
-  if (!stats) return TERM(NONE, false);
-  if (act == NONE) return TERM(NONE, true);
-  if (act == RELU) return TERM(RELU, true);
-  return TERM(RELU6, true);
-#undef TERM
+// The gradient of the input; `total` is of `all_rows` values a channel, of which `rows` are here.
+template <class R, int ACT, bool NORMED>
+static void term_input(const Slopes<R, ACT, NORMED>& slopes, const R* gamma, double weight,
+                       Int rows, const double* total, double all_rows, R* dx) {
+  const Int channels = slopes.channels, step = std::max<Int>(1, 4096 / channels);
+  std::vector<R> factors(3 * channels);
+  for (Int c = 0; c < channels; ++c) {
+    if (!NORMED) {
+      factors[c] = weight;
+      continue;
+    }
+    const double scale = slopes.stats[channels + c];
+    const double direct = weight * (gamma ? gamma[c] : 1.0) * scale;
+    factors[c] = direct;
+    factors[channels + c] = -direct * total[channels + c] * scale / all_rows * scale;
+    factors[2 * channels + c] = -direct * total[c] / all_rows;
+  }
+#pragma omp parallel for schedule(static)
+  for (Int n = 0; n < rows; n += step) {
+    Apply<R, ACT, NORMED> part = {slopes,         n, std::min(rows, n + step),
+                                  factors.data(), factors.data() + channels,
+                                  factors.data() + 2 * channels, dx};
+    channel_blocks<R, 2>(0, channels, part);
+  }
+}
+
+// Calls f(slopes) for the term's activation, and whether it has a norm.
+template <class R, class F>
+static auto with_slopes(const R* x, const R* g, const R* sum, const R* stats, Int act, Int channels,
+                        F f) {
+  if (!stats) return f(Slopes<R, NONE, false>{x, g, sum, stats, channels});
+  if (act == NONE) return f(Slopes<R, NONE, true>{x, g, sum, stats, channels});
+  if (act == RELU) return f(Slopes<R, RELU, true>{x, g, sum, stats, channels});
+  return f(Slopes<R, RELU6, true>{x, g, sum, stats, channels});
 }
 
 #define EXPORT(R, S)                                                                              \
@@ -465,19 +483,29 @@ static double mix_backward(const R* x, const R* g, const R* sum, const R* stats,
                                        Int l) {                                                   \
     depthwise_weight<R>(x, g, dw, b, h, wd, oh, ow, c, k, s, d, t, l);                            \
   }                                                                                               \
-  extern "C" void statistics_##S(const R* x, Int n, Int c, const R* gamma, const R* beta, R* rm,  \
-                                 R* rv, double momentum, double eps, R* out) {                    \
-    statistics<R>(x, n, c, gamma, beta, rm, rv, momentum, eps, out);                              \
+  extern "C" void moments_##S(const R* x, Int n, Int c, double* out) { moments<R>(x, n, c, out); } \
+  extern "C" void norm_factors_##S(const double* sums, double n, Int c, const R* gamma,           \
+                                   const R* beta, R* rm, R* rv, double momentum, double eps,      \
+                                   R* out) {                                                      \
+    norm_factors<R>(sums, n, c, gamma, beta, rm, rv, momentum, eps, out);                         \
   }                                                                                               \
   extern "C" void mix_##S(Int terms, const R** x, const R** f, const Int* act, const double* w,   \
                           Int n, Int c, Int relu, R* out) {                                       \
     mix<R>(terms, x, f, act, w, n, c, relu, out);                                                 \
   }                                                                                               \
-  extern "C" double mix_backward_##S(const R* x, const R* g, const R* sum, const R* stats,        \
-                                     const R* gamma, const R* beta, Int act, double w, Int n,     \
-                                     Int c, Int reduce, R* dx, R* dgamma, R* dbeta) {             \
-    return mix_backward<R>(x, g, sum, stats, gamma, beta, act, w, n, c, reduce, dx, dgamma,       \
-                           dbeta);                                                                \
+  extern "C" double term_sums_##S(const R* x, const R* g, const R* sum, const R* stats, Int act,  \
+                                  Int n, Int c, const R* gamma, const R* beta, double w,          \
+                                  double* total, R* dgamma, R* dbeta) {                           \
+    return with_slopes(x, g, sum, stats, act, c, [=](const auto& slopes) {                        \
+      return term_sums(slopes, gamma, beta, w, n, total, dgamma, dbeta);                          \
+    });                                                                                           \
+  }                                                                                               \
+  extern "C" void term_input_##S(const R* x, const R* g, const R* sum, const R* stats, Int act,   \
+                                 Int n, Int c, const R* gamma, double w, const double* total,     \
+                                 double all_rows, R* dx) {                                        \
+    with_slopes(x, g, sum, stats, act, c, [=](const auto& slopes) {                               \
+      term_input(slopes, gamma, w, n, total, all_rows, dx);                                       \
+    });                                                                                           \
   }
 
 EXPORT(float, f32)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from posefabric.models.native import compile_library
+from posefabric.native import compile_library
 from posefabric.structures import PosefabricError
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4

@@ -10,8 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from posefabric.distributed import broadcast, check_equal, place, sum_gradients, summed
-from posefabric.train.synchronised import SynchronisedNorms
+from posefabric.distributed import (
+    any_rank,
+    broadcast,
+    check_equal,
+    place,
+    sum_gradients,
+    summed,
+)
+from posefabric.models.grouped import plain_path
+from posefabric.models.kernels import load_kernels
+from posefabric.train.synchronised import synchronised_norms
 
 STATISTICS = ("running_mean", "running_var")
 
@@ -38,7 +47,10 @@ class Parallel:
         return self.launch.ranks > 1
 
     def start(self) -> None:
-        """Every rank begins with rank 0's weights, alpha and beta."""
+        """Every rank begins with rank 0's weights, alpha and beta, and computes as all do."""
+        if self.many and any_rank(load_kernels().library is None):
+            # Norms that are added up have to come in the same groups everywhere.
+            plain_path(self.network)
         state = self.network.state_dict(keep_vars=True)
         broadcast(state.values())
 
@@ -57,7 +69,7 @@ class Parallel:
         # Of (seed, step, rank), so that a resume with other ranks has no states to share out.
         words = np.random.SeedSequence([self.seed, step, self.launch.rank]).generate_state(1)
         torch.manual_seed(int(words[0]))
-        with SynchronisedNorms() if self.sync_norms else contextlib.nullcontext():
+        with synchronised_norms() if self.sync_norms else contextlib.nullcontext():
             yield
 
     def penalty(self, penalty: Tensor) -> Tensor:

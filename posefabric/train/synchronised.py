@@ -2,37 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from posefabric.distributed import summed
-from posefabric.structures import PosefabricError
+from posefabric.distributed import add_up, summed
+from posefabric.models.fused import norms_over_all, one_value
+
+_TORCHS = functional.batch_norm
 
 
-class SynchronisedNorms(TorchFunctionMode):
+@contextlib.contextmanager
+def synchronised_norms() -> Iterator[None]:
     """Inside, a training batch norm normalises by the statistics of all ranks' batches.
 
-    It takes the place of ``torch.nn.functional.batch_norm``, so that no module is exchanged and
-    whoever calls that function is synchronised, in recomputation too. torch's own SyncBatchNorm
-    is for GPUs alone. Norms in evaluation mode are as always.
+    :func:`torch.nn.functional.batch_norm` is another function meanwhile, so that no module is
+    exchanged and recomputation is synchronised too, and the CPU kernels are told. (A mode that
+    intercepts every function of torch takes a fifth of a step; torch's own SyncBatchNorm is for
+    GPUs alone.) Norms in evaluation mode are as always.
     """
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is functional.batch_norm:
-            return _batch_norm(*args, **kwargs)
-        return func(*args, **kwargs)
+    functional.batch_norm = _batch_norm
+    try:
+        with norms_over_all(add_up):
+            yield
+    finally:
+        functional.batch_norm = _TORCHS
 
 
 def _batch_norm(
@@ -46,9 +44,7 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     if not training:
-        return functional.batch_norm(
-            input, running_mean, running_var, weight, bias, False, momentum, eps
-        )
+        return _TORCHS(input, running_mean, running_var, weight, bias, False, momentum, eps)
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     if weight is None:
         weight = torch.ones(input.shape[1], dtype=dtype, device=input.device)
@@ -80,10 +76,7 @@ class _Norm(torch.autograd.Function):
         count = here[0].new_full((1,), float(own))
         total, first, second = summed([count, own * here[0], own * (here[1] + here[0] ** 2)])
         if total <= 1:
-            raise PosefabricError(
-                f"a batch norm sees one value a channel ({tuple(x.shape)}, all processes "
-                f"together); use a larger batch_size or input_wh"
-            )
+            raise one_value(x.shape)
         mean = first / total
         var = (second / total - mean**2).clamp(min=0)
         kept = weight.dtype

@@ -14,7 +14,7 @@ from trainings import make_config
 
 from posefabric.models import compiled
 from posefabric.models.compiled import CompiledCell, compiled_path
-from posefabric.models.native import Kernels, load_kernels
+from posefabric.models.kernels import Kernels, load_kernels
 from posefabric.models.supernet import Supernet
 from posefabric.search.closing import all_choices
 from posefabric.structures import PosefabricError

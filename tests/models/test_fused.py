@@ -13,7 +13,7 @@ from torch.nn import functional
 from posefabric.models.fused import RELU, RELU6, Term, weighted_sum
 from posefabric.models.fused_convolutions import Window, depthwise
 from posefabric.models.grouped import chain, fast_path
-from posefabric.models.native import load_kernels
+from posefabric.models.kernels import load_kernels
 from posefabric.space.operations import DepthwiseConv2d
 
 pytestmark = pytest.mark.skipif(

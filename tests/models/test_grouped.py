@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from posefabric.models import grouped
 from posefabric.models.backbones import make_backbone
 from posefabric.models.grouped import Fast, fast_path, plain_path
-from posefabric.models.native import Kernels, load_kernels
+from posefabric.models.kernels import Kernels, load_kernels
 from posefabric.models.network import first_non_finite
 from posefabric.models.posenfs_backbones import Bottleneck, InvertedResidual
 from posefabric.search.bilevel import unrolled_gradients

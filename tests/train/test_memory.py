@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from posefabric.models import native
+from posefabric import native
 from posefabric.structures import PosefabricError
 from posefabric.train import memory
 from posefabric.train.memory import keep_freed_memory, load_extents

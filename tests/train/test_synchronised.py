@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from posefabric.distributed import place, share
 from posefabric.structures import PosefabricError
-from posefabric.train.synchronised import SynchronisedNorms
+from posefabric.train.synchronised import synchronised_norms
 
 SHAPES = [(4, 6, 5, 3), (2, 3, 1, 2), (8, 4)]
 
@@ -21,7 +21,7 @@ SHAPES = [(4, 6, 5, 3), (2, 3, 1, 2), (8, 4)]
 def passes(x: Tensor, norm: nn.Module, *, synchronised: bool) -> list[Any]:
     """Output, gradients and statistics of two steps."""
     x = x.clone().requires_grad_()
-    mode = SynchronisedNorms() if synchronised else contextlib.nullcontext()
+    mode = synchronised_norms() if synchronised else contextlib.nullcontext()
     with mode:
         for _ in range(2):
             output = norm(x)
@@ -67,7 +67,7 @@ def test_lower_precision(dtype: torch.dtype) -> None:
 
 def test_evaluation_is_left_alone() -> None:
     norm, x = nn.BatchNorm2d(3).eval(), torch.randn(2, 3, 4, 4)
-    with SynchronisedNorms():
+    with synchronised_norms():
         found = norm(x)
     assert torch.equal(found, norm(x))
 
@@ -92,5 +92,5 @@ def test_ranks_of_unequal_shares_are_the_whole_batch(tmp_path: Path) -> None:
 
 
 def test_one_value_a_channel_is_told() -> None:
-    with SynchronisedNorms(), pytest.raises(PosefabricError, match="one value a channel"):
+    with synchronised_norms(), pytest.raises(PosefabricError, match="one value a channel"):
         nn.BatchNorm2d(2)(torch.ones(2, 2, 1, 1)[:1].expand(1, 2, 1, 1))

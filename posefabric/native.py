@@ -1,13 +1,10 @@
-"""Compiles C++ files with the machine's own compiler, once, and loads the fast path's CPU kernels.
+"""Compiles a C++ file of the package with the machine's own compiler, once.
 
-``kernels.cpp`` needs a C++ compiler and nothing of torch. What is compiled is kept in the user's
-cache folder, by the source, the compiler and the processor.
+What is compiled is kept in the user's cache folder, by the source, the compiler and the processor.
 """
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import hashlib
 import os
 import platform
@@ -16,46 +13,12 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from posefabric.structures import PosefabricError
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
 COMMON = ("-std=c++17", "-fPIC", "-shared")
-NATIVE = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-OPTIONS = ("-O3", "-fopenmp", "-fno-math-errno", NATIVE)
 SECONDS = 300
-
-_P, _I, _D = ctypes.c_void_p, ctypes.c_longlong, ctypes.c_double
-SIGNATURES: dict[str, tuple[list[type], type | None]] = {
-    "depthwise": ([_P] * 3 + [_I] * 12, None),
-    "depthwise_weight": ([_P] * 3 + [_I] * 11, None),
-    "statistics": ([_P, _I, _I, _P, _P, _P, _P, _D, _D, _P], None),
-    "mix": ([_I, _P, _P, _P, _P, _I, _I, _I, _P], None),
-    "mix_backward": ([_P] * 6 + [_I, _D, _I, _I, _I, _P, _P, _P], _D),
-}
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """The compiled functions, or why there are none."""
-
-    library: ctypes.CDLL | None
-    reason: str = ""
-
-
-@functools.cache
-def load_kernels() -> Kernels:
-    """The kernels of this machine; compiles them the first time (seconds).
-
-    The caller says ``reason`` to the user where there is no compiler.
-    """
-    try:
-        path = compile_library(SOURCE, OPTIONS)
-        return Kernels(_declare(ctypes.CDLL(str(path))))
-    except (PosefabricError, OSError, AttributeError) as error:
-        return Kernels(None, str(error))
 
 
 def cache_folder() -> Path:
@@ -119,11 +82,3 @@ def _processor() -> str:
         return platform.processor()
     wanted = ("model name", "flags", "Features")
     return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
-
-
-def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
-    for name, (arguments, result) in SIGNATURES.items():
-        for suffix in ("f32", "f64"):
-            function = getattr(library, f"{name}_{suffix}")
-            function.argtypes, function.restype = arguments, result
-    return library

@@ -1,0 +1,145 @@
+"""Sums over the processes of one machine, through memory that they share.
+
+A synchronised batch norm adds up a few numbers and waits for them, some hundred times a step:
+through the system's network, as gloo does it, this may take longer than all the rest.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import functools
+import mmap
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from posefabric.distributed.launch import TIMEOUT, Launch
+from posefabric.native import compile_library
+from posefabric.structures import PosefabricError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
+
+SOURCE = Path(__file__).with_name("shared_sums.cpp")
+FOLDER = Path("/dev/shm")
+ROOM = 1 << 20  # bytes of a rank's array; what is larger comes in pieces
+LOOK_S = 0.25  # between looks at whether a rank that is waited for still lives
+
+
+class SharedSums:
+    """The memory of all ranks, which have to call :meth:`add` equally often.
+
+    A rank holds a lock on its byte of the file, which the system takes back when it ends, however
+    it ends. Raises PosefabricError or OSError where the file cannot be opened or mapped.
+    """
+
+    def __init__(self, path: Path, launch: Launch) -> None:
+        self._library = _load()
+        self._rank, self._ranks, self._step = launch.rank, launch.ranks, 0
+        self._file = os.open(path, os.O_RDWR)
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, self._rank)
+            self._memory = mmap.mmap(self._file, self._library.bytes(self._ranks, ROOM))
+        except (OSError, ValueError):
+            os.close(self._file)
+            raise
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        self._place = (address, self._ranks, ROOM)
+
+    def add(self, own: Tensor) -> Tensor:
+        """The sum over all ranks of float32 or float64 (n,); the same bits on each.
+
+        Raises RuntimeError, as torch's own collectives, when a rank has ended or stays away.
+        """
+        own = own.contiguous()
+        total, size = own.new_empty(own.shape), own.element_size()
+        given, taken, left = own.data_ptr(), total.data_ptr(), own.numel() * size
+        while left:
+            piece = min(left, ROOM)
+            self._step += 1
+            self._library.give(*self._place, self._rank, self._step, given, piece)
+            self._take(taken, piece, size == 8)
+            given, taken, left = given + piece, taken + piece, left - piece
+        return total
+
+    def _take(self, into: int, size: int, is_double: bool) -> None:
+        arguments = (*self._place, self._step, into, size, is_double, LOOK_S)
+        if (missing := self._library.take(*arguments)) < 0:
+            return
+        until = time.monotonic() + TIMEOUT.total_seconds()
+        while missing >= 0:
+            if not self._lives(missing):
+                raise RuntimeError(f"rank {missing} has ended")
+            if time.monotonic() > until:
+                raise RuntimeError(f"rank {missing} did not come within {TIMEOUT}")
+            missing = self._library.take(*arguments)
+
+    def close(self) -> None:
+        """Give back the file; the memory goes with the process."""
+        os.close(self._file)
+
+    def _lives(self, rank: int) -> bool:
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
+        except OSError:
+            return True
+        fcntl.lockf(self._file, fcntl.LOCK_UN, 1, rank)
+        return False
+
+
+def open_together(launch: Launch, gather: Callable[[Any], list[Any]]) -> SharedSums | None:
+    """The memory of all ranks, or None on each where they have none in common.
+
+    ``gather`` gives every rank's value to every rank.
+    """
+    if not sys.platform.startswith("linux") or launch.local_ranks != launch.ranks:
+        return None
+    made = _attempt(lambda: _make(launch.ranks)) if launch.rank == 0 else None
+    path = gather(made)[0]
+    opened = _attempt(lambda: SharedSums(path, launch)) if path is not None else None
+    everywhere = all(gather(opened is not None))
+    if made is not None:
+        made.unlink(missing_ok=True)
+    if opened is not None and not everywhere:
+        opened.close()
+    return opened if everywhere else None
+
+
+def _make(ranks: int) -> Path:
+    """A file of nothing but zeros, whose room is taken: a full disk would kill whoever writes."""
+    file, name = tempfile.mkstemp(prefix="posefabric-", dir=FOLDER)
+    try:
+        os.posix_fallocate(file, 0, _load().bytes(ranks, ROOM))
+    except (OSError, PosefabricError):
+        Path(name).unlink()
+        raise
+    finally:
+        os.close(file)
+    return Path(name)
+
+
+def _attempt(work: Callable[[], T]) -> T | None:
+    try:
+        return work()
+    except (OSError, ValueError, PosefabricError):
+        return None
+
+
+@functools.cache
+def _load() -> ctypes.CDLL:
+    """``shared_sums.cpp``, compiled the first time (a second)."""
+    library = ctypes.CDLL(str(compile_library(SOURCE, ("-O2",))))
+    whole, pointer = ctypes.c_longlong, ctypes.c_void_p
+    library.bytes.argtypes, library.bytes.restype = [whole, whole], whole
+    library.give.argtypes = [pointer, *[whole] * 4, pointer, whole]
+    library.give.restype = None
+    library.take.argtypes = [pointer, *[whole] * 3, pointer, whole, whole, ctypes.c_double]
+    library.take.restype = whole
+    return library
