@@ -66,8 +66,8 @@ FULL = Effort(
     epoch=1600,
     pictures=48,
     evaluated=(48, 2000),
-    launches=3,
-    launch_steps=12,
+    launches=2,
+    launch_steps=10,
 )
 QUICK = Effort(
     seconds=165.0,

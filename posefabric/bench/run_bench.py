@@ -103,7 +103,7 @@ def run_bench(
         found = Found(machine=describe_machine(), quick=quick)
         began = time.monotonic()
         for name in chosen:
-            say(f"measuring {name}")
+            say(f"measuring {name}, {max(0.0, bench.left()):.0f} s left")
             if name == PROFILE:
                 measure_profile(bench, found)
             for part in known.get(name, ()):
