@@ -345,7 +345,10 @@ def recomputing(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def kernel(name: str, dtype: torch.dtype) -> Callable[..., Any]:
-    return getattr(load_kernels().library, f"{name}_{SUFFIX[dtype]}")
+    """To be called at once: it runs on as many threads as torch has now."""
+    library: Any = load_kernels().library
+    library.use_threads(torch.get_num_threads())
+    return getattr(library, f"{name}_{SUFFIX[dtype]}")
 
 
 def address(tensor: Tensor | None) -> int | None:

@@ -4,6 +4,8 @@
 // double proves the code that trains in float. Work is cut into the same pieces whatever the
 // number of threads, and sums are formed in one order: results do not depend on it.
 
+#include <omp.h>
+
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -472,6 +474,10 @@ static auto with_slopes(const R* x, const R* g, const R* sum, const R* stats, In
   if (act == RELU) return f(Slopes<R, RELU, true>{x, g, sum, stats, channels});
   return f(Slopes<R, RELU6, true>{x, g, sum, stats, channels});
 }
+
+// Of the OpenMP that these kernels use, of which torch may have another copy.
+extern "C" void use_threads(Int count) { omp_set_num_threads(count); }
+extern "C" Int threads() { return omp_get_max_threads(); }
 
 #define EXPORT(R, S)                                                                              \
   extern "C" void depthwise_##S(const R* x, const R* w, R* y, Int b, Int h, Int wd, Int oh,       \

@@ -53,4 +53,6 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         for suffix in ("f32", "f64"):
             function = getattr(library, f"{name}_{suffix}")
             function.argtypes, function.restype = arguments, result
+    library.use_threads.argtypes, library.use_threads.restype = [_I], None
+    library.threads.argtypes, library.threads.restype = [], _I
     return library

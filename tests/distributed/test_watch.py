@@ -10,14 +10,16 @@ import pytest
 import torch
 from ranks import in_ranks
 
-from posefabric.distributed import summed, watch
+from posefabric.distributed import ranks, summed, watch
 from posefabric.structures import PosefabricError
 
 
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, params=["shared memory", "gloo"])
+def impatient(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "BEAT_S", 0.05)
     monkeypatch.setattr(watch, "FOUND_S", 0.6)
+    if request.param == "gloo":
+        monkeypatch.setattr(ranks, "open_together", lambda launch, gather: None)
 
 
 def waiting() -> None:

@@ -10,11 +10,12 @@ from networks import noise
 from torch import Tensor, nn
 from torch.nn import functional
 
-from posefabric.models.fused import RELU, RELU6, Term, weighted_sum
+from posefabric.models.fused import RELU, RELU6, Term, norms_over_all, weighted_sum
 from posefabric.models.fused_convolutions import Window, depthwise
 from posefabric.models.grouped import chain, fast_path
 from posefabric.models.kernels import load_kernels
 from posefabric.space.operations import DepthwiseConv2d
+from posefabric.structures import PosefabricError
 
 pytestmark = pytest.mark.skipif(
     load_kernels().library is None, reason=f"no kernels: {load_kernels().reason}"
@@ -99,6 +100,57 @@ def test_a_sum_of_every_kind_of_term(channels: int) -> None:
     for norm, other in zip(norms, copies, strict=True):
         for name, value in other.named_buffers():
             torch.testing.assert_close(norm.get_buffer(name), value, rtol=0, atol=1e-12)
+
+
+def test_norms_of_two_processes_that_have_the_same() -> None:
+    """Their sums are twice each one's; torch has both batches at once."""
+    norms = [nn.BatchNorm2d(5, affine=affine).double() for affine in (True, False)]
+    nn.init.uniform_(norms[0].weight, 0.5, 2)
+    copies = copy.deepcopy(norms)
+    x, y, z = (noise(3, 5, 4, 3, seed=i).add(i).requires_grad_() for i in range(3))
+    towards = noise(3, 5, 4, 3, seed=4)
+    calls: list[int] = []
+
+    def add_up(sums: Tensor) -> Tensor:
+        calls.append(len(sums))
+        return 2 * sums
+
+    with norms_over_all(add_up):
+        terms = [Term(x, 0.5, norms[0], RELU), Term(y, norm=norms[1]), Term(z, 2.0)]
+        found = weighted_sum(terms)
+        found.backward(towards)
+    # Two norms of five channels in one operation, and how many pixels; then the same backward.
+    assert calls == [2 * 2 * 5 + 1, 2 * 2 * 5]
+    ours = [x.grad, y.grad, z.grad, norms[0].weight.grad, norms[0].bias.grad]
+    twice = [torch.cat([v.detach()] * 2).requires_grad_() for v in (x, y, z)]
+    expected = 0.5 * functional.relu(copies[0](twice[0])) + copies[1](twice[1]) + 2.0 * twice[2]
+    expected.backward(torch.cat([towards] * 2))
+    theirs = [v.grad[:3] for v in twice]  # type: ignore[index]
+    theirs += [copies[0].weight.grad / 2, copies[0].bias.grad / 2]  # type: ignore[operator]
+    torch.testing.assert_close(found, expected[:3], rtol=0, atol=1e-12)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    for norm, other in zip(norms, copies, strict=True):
+        for name, value in other.named_buffers():
+            torch.testing.assert_close(norm.get_buffer(name), value, rtol=0, atol=1e-12)
+
+
+def test_one_value_a_channel_in_all_processes_is_told() -> None:
+    with norms_over_all(lambda sums: sums), pytest.raises(PosefabricError, match="one value a ch"):
+        weighted_sum([Term(noise(1, 4, 1, 1).requires_grad_(), norm=nn.BatchNorm2d(4).double())])
+
+
+def test_kernels_take_as_many_threads_as_torch() -> None:
+    """Also where torch brings an OpenMP of its own, which knows nothing of theirs."""
+    library, before = load_kernels().library, torch.get_num_threads()
+    assert library is not None
+    try:
+        torch.set_num_threads(2)
+        library.use_threads(1)
+        weighted_sum([Term(noise(1, 4, 2, 2))])
+        assert library.threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_norms_far_from_zero_and_what_is_not_a_number() -> None:

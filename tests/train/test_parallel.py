@@ -17,8 +17,12 @@ from torch import Tensor
 from trainings import CASES, STEPS, losses, make_config, make_trainer, people
 
 from posefabric.distributed import from_first, place, share
+from posefabric.models.grouped import Fast, fast_path
+from posefabric.models.kernels import Kernels
 from posefabric.run import RunFolder
 from posefabric.structures import DataError, PersonDataset, PoseBatch
+from posefabric.train import parallel as parallel_module
+from posefabric.train import synchronised
 from posefabric.train.gradients import add_gradients
 from posefabric.train.loop import TrainingStopped
 from posefabric.train.parallel import Parallel
@@ -100,14 +104,17 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     assert not [p for p in run.path.rglob("*") if p.name.endswith(".tmp")]
 
 
+@pytest.mark.parametrize("path", ["plain", "fast"])
 @pytest.mark.parametrize("lower", [(1, 2, 3), (1, 3)], ids=["at_once", "by_parts"])
 @pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
 def test_gradients_are_those_of_the_whole_batch(
-    loss: str, lower: tuple[int, ...], tmp_path: Path
+    loss: str, lower: tuple[int, ...], path: str, tmp_path: Path
 ) -> None:
     """In float64, of every weight, alpha and beta; 3 persons are 1 and 2, unevenly annotated."""
     parts = {"upper": (0, 2), "lower": lower}
     network = make_supernet(relaxation="sparsemax", parts=parts).double().train()
+    if path == "fast":
+        fast_path(network)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(3, 3, 64, 64, generator=generator).double()
     targets = torch.rand(3, 4, 16, 16, generator=generator).double()
@@ -135,13 +142,58 @@ def test_gradients_are_those_of_the_whole_batch(
     ranks = in_ranks(gradients, tmp_path)
     value, expected = gradients(0)
     for own, found in ranks:
-        torch.testing.assert_close(own, value, rtol=1e-12, atol=0)
+        torch.testing.assert_close(own, value, rtol=1e-12 if path == "plain" else 1e-11, atol=0)
         for name, gradient in expected.items():
             if gradient is None:
                 assert found[name] is None, name
                 continue
             scale = float(gradient.abs().max()) + 1e-6
             assert float((found[name] - gradient).abs().max()) < 1e-10 * scale + 1e-14, name
+
+
+def test_norms_stay_on_the_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a fast network no norm is torch's, with one process's statistics or with all of them."""
+    network = fast_path(make_supernet(parts={"all": (0, 1, 2, 3)})).train()
+    images = torch.randn(2, 3, 64, 64)
+
+    def work(sync_norms: bool) -> list[str]:
+        seen: list[str] = []
+        torchs = torch.nn.functional.batch_norm
+
+        def norm(*args: Any, **options: Any) -> Tensor:
+            seen.append("torch's")
+            return torchs(*args, **options)
+
+        monkeypatch.setattr(synchronised, "_batch_norm", norm)
+        monkeypatch.setattr(torch.nn.functional, "batch_norm", norm)
+        parallel = Parallel(network, sync_norms=sync_norms, seed=0)
+        parallel.start()
+        with parallel.step(0):
+            network(images)["heatmaps"].sum().backward()
+        return seen
+
+    for sync_norms in (True, False):
+        assert in_ranks(lambda rank, s=sync_norms: work(s), tmp_path / str(sync_norms)) == [[], []]
+
+
+def test_a_rank_without_kernels_takes_them_from_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Norms that are added up would otherwise wait for sums of other sizes."""
+    network = fast_path(make_supernet(parts={"all": (0, 1, 2, 3)})).train()
+    images = torch.randn(2, 3, 64, 64)
+
+    def work(rank: int) -> int:
+        if rank == 1:
+            monkeypatch.setattr(parallel_module, "load_kernels", lambda: Kernels(None, "none"))
+        parallel = Parallel(network, sync_norms=True, seed=0)
+        parallel.start()
+        with parallel.step(0):
+            network(images)["heatmaps"].sum().backward()
+        return sum(isinstance(module, Fast) for module in network.modules())
+
+    assert sum(isinstance(module, Fast) for module in network.modules()) > 10
+    assert in_ranks(work, tmp_path) == [0, 0]
 
 
 @pytest.mark.slow

@@ -65,6 +65,14 @@ def test_lower_precision(dtype: torch.dtype) -> None:
         assert float((a - b).abs().max()) < tolerance * scale
 
 
+def test_torchs_function_comes_back() -> None:
+    before = nn.functional.batch_norm
+    with pytest.raises(KeyError), synchronised_norms():
+        assert nn.functional.batch_norm is not before
+        raise KeyError
+    assert nn.functional.batch_norm is before
+
+
 def test_evaluation_is_left_alone() -> None:
     norm, x = nn.BatchNorm2d(3).eval(), torch.randn(2, 3, 4, 4)
     with synchronised_norms():

@@ -1,0 +1,135 @@
+"""Sums through shared memory: right, alike on every rank, and left out where it cannot be had."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import in_ranks
+from torch import Tensor
+
+from posefabric import native
+from posefabric.distributed import add_up, place, ranks, shared_sums, summed
+from posefabric.structures import PosefabricError
+
+LARGE = 3 * shared_sums.ROOM // 8 + 5
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A folder of the test's own, in which nothing may be left."""
+    own = tmp_path / "memory"
+    own.mkdir()
+    monkeypatch.setattr(shared_sums, "FOLDER", own)
+    yield
+    assert not list(own.iterdir())
+
+
+def numbers(count: int, dtype: torch.dtype, seed: int) -> Tensor:
+    return torch.randn(count, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def no_gloo(*args: Any, **options: Any) -> None:
+    raise AssertionError("through the network")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sums_of_any_size(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One number, and more than fits at a time; three ranks, one of them late."""
+    sizes = (1, 7, LARGE)
+
+    def work(rank: int) -> list[Tensor]:
+        monkeypatch.setattr(dist, "all_reduce", no_gloo)
+        found = []
+        for size in sizes:
+            time.sleep(0.3 if rank == 1 else 0.0)
+            found.append(add_up(numbers(size, dtype, rank)))
+        found += summed([numbers(3, dtype, rank), numbers(4, dtype, rank).view(2, 2)])
+        return found
+
+    results = in_ranks(work, tmp_path, ranks=3)
+    for i, size in enumerate(sizes):
+        own = [numbers(size, dtype, rank) for rank in range(3)]
+        assert torch.equal(results[0][i], own[0] + own[1] + own[2])
+    assert results[0][-1].shape == (2, 2)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_many_in_a_row(tmp_path: Path) -> None:
+    """Nobody overtakes: each sum is of numbers of the same turn."""
+
+    def work(rank: int) -> bool:
+        return all(
+            float(add_up(torch.tensor([float(turn * (rank + 1))]))) == 3.0 * turn
+            for turn in range(5000)
+        )
+
+    assert in_ranks(work, tmp_path) == [True, True]
+
+
+def test_whole_numbers_go_another_way(tmp_path: Path) -> None:
+    def work(rank: int) -> list[int]:
+        return add_up(torch.tensor([rank, 2**60 + rank])).tolist()
+
+    assert in_ranks(work, tmp_path) == [[1, 2**61 + 1]] * 2
+
+
+def without_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_sums, "FOLDER", Path("/nowhere"))
+
+
+def without_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+
+
+def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **options: Any) -> Path:
+        raise PosefabricError("no C++ compiler")
+
+    shared_sums._load.cache_clear()
+    monkeypatch.setattr(shared_sums, "compile_library", fail)
+
+
+@pytest.mark.parametrize("broken", [without_folder, without_room, without_compiler])
+@pytest.mark.parametrize("where", [(0,), (1,), (0, 1)])
+def test_where_it_cannot_be_had_all_go_by_gloo(
+    broken: Any, where: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(rank: int) -> tuple[float, bool]:
+        if rank in where:
+            broken(monkeypatch)
+        total = float(add_up(torch.tensor([rank + 1.0])))
+        ranks.barrier()
+        return total, ranks._Group.shared is None
+
+    # A folder, and room in it, are what rank 0 needs.
+    fails = 0 in where or broken is without_compiler
+    assert in_ranks(work, tmp_path) == [(3.0, fails)] * 2
+
+
+def test_processes_of_several_machines_go_by_gloo(tmp_path: Path) -> None:
+    def work(rank: int) -> bool:
+        launch = place()
+        elsewhere = type(launch)(**{**vars(launch), "local_ranks": 1})
+        return shared_sums.open_together(elsewhere, lambda value: [value]) is None
+
+    assert in_ranks(work, tmp_path) == [True, True]
+
+
+def test_it_is_compiled_where_the_kernels_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert native.compile_library(shared_sums.SOURCE, ("-O2",)).parent == tmp_path / "posefabric"
