@@ -60,14 +60,14 @@ FULL = Effort(
     forwards=Rounds(warmup=2, rounds=15, least=3, seconds=15.0),
     evaluations=Rounds(warmup=1, rounds=7, least=3, seconds=15.0),
     reserve=30.0,
-    processes_memory=2,
-    loader_steps=8,
+    processes_memory=1,
+    loader_steps=6,
     loader_batch=8,
     epoch=1600,
     pictures=48,
-    evaluated=(48, 2000),
+    evaluated=(16, 2000),
     launches=2,
-    launch_steps=10,
+    launch_steps=8,
 )
 QUICK = Effort(
     seconds=165.0,

@@ -38,7 +38,7 @@ GROUPS: dict[str, tuple[Part, ...]] = {
     "processes": (group_processes.processes,),
     "loader": (group_loader.waiting, group_loader.memory),
     "evaluation": (group_evaluation.images, group_evaluation.oks),
-    "peers": (group_inference.peers_in_eager, group_shipped.peers_in_runtimes),
+    "peers": (group_shipped.peers_in_runtimes, group_inference.peers_in_eager),
 }
 PROFILE = "profile"
 PEAK_SECONDS = {True: 1.0, False: 4.0}
