@@ -16,10 +16,11 @@ typedef std::atomic<Int> Counter;
 static_assert(Counter::is_always_lock_free, "a counter is shared between processes");
 
 const Int LINE = 64;
-// How a rank waits: it asks again at once, then lets others run, then sleeps.
+// How a rank waits: it asks again at once, then lets others run, then sleeps, at last for longer:
+// another rank may evaluate alone.
 const int ASK = 2000;
-const double YIELD_S = 0.002;
-const long SLEEP_NS = 50000;
+const double YIELD_S = 0.002, LONG_S = 0.05;
+const long SLEEP_NS = 50000, LONG_SLEEP_NS = 1000000;
 
 static Counter* counter(char* memory, Int rank) { return (Counter*)(memory + rank * LINE); }
 
@@ -51,7 +52,7 @@ static bool arrives(const Counter* other, Int step, double patience) {
     if (waited < YIELD_S) {
       sched_yield();
     } else {
-      const timespec nap = {0, SLEEP_NS};
+      const timespec nap = {0, waited < LONG_S ? SLEEP_NS : LONG_SLEEP_NS};
       nanosleep(&nap, nullptr);
     }
   }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import functools
+import logging
 import mmap
 import os
 import sys
@@ -16,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from posefabric.distributed.launch import TIMEOUT, Launch
 from posefabric.native import compile_library
@@ -25,12 +26,14 @@ from posefabric.structures import PosefabricError
 if TYPE_CHECKING:
     from torch import Tensor
 
-T = TypeVar("T")
-
 SOURCE = Path(__file__).with_name("shared_sums.cpp")
 FOLDER = Path("/dev/shm")
 ROOM = 1 << 20  # bytes of a rank's array; what is larger comes in pieces
+ERRORS = (OSError, ValueError, PosefabricError)
 LOOK_S = 0.25  # between looks at whether a rank that is waited for still lives
+
+
+_log = logging.getLogger(__name__)
 
 
 class SharedSums:
@@ -47,7 +50,7 @@ class SharedSums:
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, self._rank)
             self._memory = mmap.mmap(self._file, self._library.bytes(self._ranks, ROOM))
-        except (OSError, ValueError):
+        except ERRORS:
             os.close(self._file)
             raise
         address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
@@ -97,19 +100,33 @@ class SharedSums:
 def open_together(launch: Launch, gather: Callable[[Any], list[Any]]) -> SharedSums | None:
     """The memory of all ranks, or None on each where they have none in common.
 
-    ``gather`` gives every rank's value to every rank.
+    Processes of several machines have none, nor those of other systems than Linux; where it
+    fails for another reason, rank 0 warns. ``gather`` gives every rank's value to every rank.
     """
     if not sys.platform.startswith("linux") or launch.local_ranks != launch.ranks:
         return None
-    made = _attempt(lambda: _make(launch.ranks)) if launch.rank == 0 else None
-    path = gather(made)[0]
-    opened = _attempt(lambda: SharedSums(path, launch)) if path is not None else None
-    everywhere = all(gather(opened is not None))
-    if made is not None:
-        made.unlink(missing_ok=True)
-    if opened is not None and not everywhere:
-        opened.close()
-    return opened if everywhere else None
+    path, shared, problem = None, None, ""
+    if launch.rank == 0:
+        try:
+            path = _make(launch.ranks)
+        except ERRORS as error:
+            problem = str(error)
+    path, problem = gather((path, problem))[0]
+    if path is not None:
+        try:
+            shared = SharedSums(path, launch)
+        except ERRORS as error:
+            problem = str(error)
+    problems = [told for told in gather(problem) if told]
+    if launch.rank == 0 and path is not None:
+        path.unlink(missing_ok=True)
+    if not problems:
+        return shared
+    if shared is not None:
+        shared.close()
+    if launch.rank == 0:
+        _log.warning("processes add up by gloo, which takes longer: %s", problems[0])
+    return None
 
 
 def _make(ranks: int) -> Path:
@@ -123,13 +140,6 @@ def _make(ranks: int) -> Path:
     finally:
         os.close(file)
     return Path(name)
-
-
-def _attempt(work: Callable[[], T]) -> T | None:
-    try:
-        return work()
-    except (OSError, ValueError, PosefabricError):
-        return None
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,9 +19,10 @@ from posefabric.distributed import (
     sum_gradients,
     summed,
 )
-from posefabric.models.grouped import plain_path
-from posefabric.models.kernels import load_kernels
+from posefabric.models.grouped import Fast, plain_path
 from posefabric.train.synchronised import synchronised_norms
+
+_log = logging.getLogger(__name__)
 
 STATISTICS = ("running_mean", "running_var")
 
@@ -48,9 +50,12 @@ class Parallel:
 
     def start(self) -> None:
         """Every rank begins with rank 0's weights, alpha and beta, and computes as all do."""
-        if self.many and any_rank(load_kernels().library is None):
-            # Norms that are added up have to come in the same groups everywhere.
-            plain_path(self.network)
+        if self.many:
+            is_fast = any(isinstance(module, Fast) for module in self.network.modules())
+            if any_rank(not is_fast) and is_fast:
+                # Norms that are added up have to come in the same groups everywhere.
+                _log.warning("another process has no compiled kernels: all go the plain path")
+                plain_path(self.network)
         state = self.network.state_dict(keep_vars=True)
         broadcast(state.values())
 

@@ -107,16 +107,18 @@ def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_where_it_cannot_be_had_all_go_by_gloo(
     broken: Any, where: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def work(rank: int) -> tuple[float, bool]:
+    def work(rank: int) -> tuple[float, bool, bool]:
+        said: list[str] = []
+        monkeypatch.setattr(shared_sums._log, "warning", lambda *words: said.append(words[-1]))
         if rank in where:
             broken(monkeypatch)
         total = float(add_up(torch.tensor([rank + 1.0])))
         ranks.barrier()
-        return total, ranks._Group.shared is None
+        return total, ranks._Group.shared is None, bool(said)
 
     # A folder, and room in it, are what rank 0 needs.
     fails = 0 in where or broken is without_compiler
-    assert in_ranks(work, tmp_path) == [(3.0, fails)] * 2
+    assert in_ranks(work, tmp_path) == [(3.0, fails, fails), (3.0, fails, False)]
 
 
 def test_processes_of_several_machines_go_by_gloo(tmp_path: Path) -> None:
