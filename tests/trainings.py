@@ -59,7 +59,8 @@ CASES: dict[str, dict[str, Any]] = {
     "beta_decay": dict(search=dict(strategy="beta_decay", architecture_start=0.4)),
     "partial_channels": dict(search=dict(strategy="partial_channels")),
     "shrinking": dict(
-        search=dict(strategy="shrinking", architecture_start=0.2, rounds=2), model=dict(parts=3)
+        search=dict(strategy="shrinking", architecture_start=0.2, rounds=2, worth_persons=1),
+        model=dict(parts=3, operations=["zero", "skip", "sep_conv_3x3"]),
     ),
     "shrinking_to_a_budget": dict(
         search=dict(

@@ -43,6 +43,8 @@ SMALL = [
     "search.epochs=1",
     "search.log_every=1",
     "search.sparsity_start=0",
+    "search.worth_persons=1",
+    "search.rounds=2",
 ]
 
 
