@@ -31,11 +31,17 @@ def enter(launch: Launch, watch: Watch) -> None:
     _Group.launch, _Group.watch = launch, watch
 
 
-def leave() -> None:
+def close_shared() -> None:
+    """Whoever waits for this rank in shared memory learns that it ends."""
     if _Group.shared is not None:
         _Group.shared.close()
+    _Group.shared = None
+
+
+def leave() -> None:
+    close_shared()
     _Group.launch, _Group.watch = Launch(), None
-    _Group.shared, _Group.looked_for_shared = None, False
+    _Group.looked_for_shared = False
 
 
 def place() -> Launch:

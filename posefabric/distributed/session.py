@@ -56,6 +56,8 @@ def joined(launch: Launch | None = None, *, silent_s: float = SILENT_S) -> Itera
         watch.end("")
         dist.destroy_process_group()
     except BaseException as error:
+        # Before it waits for the others, who may wait for it.
+        ranks.close_shared()
         text = str(error) if isinstance(error, PosefabricError) else repr(error)
         watch.end(text, lost=error.ranks if isinstance(error, RankLost) else ())
         if isinstance(error, PosefabricError) and launch.rank:

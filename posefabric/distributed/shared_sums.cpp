@@ -1,7 +1,7 @@
 // Sums of arrays over the processes of one machine, through memory that they share.
 //
-// The memory: for each rank a counter, on a cache line of its own, then twice an array for each
-// rank. In step n a rank writes its array into the half n % 2 and sets its counter to n. Nobody can
+// The memory: for each rank a line with its counter, then twice an array for each rank. In step n a
+// rank writes its array into the half n % 2, says how large it is, and sets its counter to n. Nobody can
 // write into a half that somebody still reads: that needs step n + 2, and whoever is there has seen
 // all ranks arrive at n + 1, which they do after they have read n.
 
@@ -22,7 +22,13 @@ const int ASK = 2000;
 const double YIELD_S = 0.002, LONG_S = 0.05;
 const long SLEEP_NS = 50000, LONG_SLEEP_NS = 1000000;
 
-static Counter* counter(char* memory, Int rank) { return (Counter*)(memory + rank * LINE); }
+struct Line {
+  Counter step;
+  Int kinds[2];  // of the halves' arrays: twice the bytes, and 1 of doubles
+};
+static_assert(sizeof(Line) <= LINE, "a rank's line");
+
+static Line* line(char* memory, Int rank) { return (Line*)(memory + rank * LINE); }
 
 static char* array(char* memory, Int ranks, Int room, Int rank, Int step) {
   return memory + ranks * LINE + ((step % 2) * ranks + rank) * room;
@@ -76,17 +82,21 @@ static void add_up(char* memory, Int ranks, Int room, Int step, R* sum, Int coun
 extern "C" Int bytes(Int ranks, Int room) { return ranks * (LINE + 2 * room); }
 
 extern "C" void give(char* memory, Int ranks, Int room, Int rank, Int step, const void* own,
-                     Int size) {
+                     Int size, Int is_double) {
   std::memcpy(array(memory, ranks, room, rank, step), own, size);
-  counter(memory, rank)->store(step, std::memory_order_release);
+  line(memory, rank)->kinds[step % 2] = 2 * size + is_double;
+  line(memory, rank)->step.store(step, std::memory_order_release);
 }
 
-// The sum of arrays of `size` bytes of doubles or floats. Comes back with -1, or with a rank that
-// has not given its array after `patience` seconds.
-extern "C" Int take(char* memory, Int ranks, Int room, Int step, void* sum, Int size,
+// The sum of arrays of `size` bytes of doubles or floats. Comes back with -1, with -2 where a rank
+// has given another kind of array, or with a rank that has not given its own after `patience`
+// seconds.
+extern "C" Int take(char* memory, Int ranks, Int room, Int own, Int step, void* sum, Int size,
                     Int is_double, double patience) {
   for (Int rank = 0; rank < ranks; ++rank)
-    if (!arrives(counter(memory, rank), step, patience)) return rank;
+    if (rank != own && !arrives(&line(memory, rank)->step, step, patience)) return rank;
+  for (Int rank = 0; rank < ranks; ++rank)
+    if (line(memory, rank)->kinds[step % 2] != 2 * size + is_double) return -2;
   if (is_double)
     add_up<double>(memory, ranks, room, step, (double*)sum, size / sizeof(double));
   else

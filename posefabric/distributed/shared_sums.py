@@ -13,7 +13,6 @@ import logging
 import mmap
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,9 +26,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SOURCE = Path(__file__).with_name("shared_sums.cpp")
-FOLDER = Path("/dev/shm")
 ROOM = 1 << 20  # bytes of a rank's array; what is larger comes in pieces
-ERRORS = (OSError, ValueError, PosefabricError)
+ERRORS = (OSError, ValueError, AttributeError, RuntimeError, PosefabricError)
+DONE, UNEQUAL = -1, -2
 LOOK_S = 0.25  # between looks at whether a rank that is waited for still lives
 
 
@@ -40,18 +39,22 @@ class SharedSums:
     """The memory of all ranks, which have to call :meth:`add` equally often.
 
     A rank holds a lock on its byte of the file, which the system takes back when it ends, however
-    it ends. Raises PosefabricError or OSError where the file cannot be opened or mapped.
+    it ends. Raises one of ``ERRORS`` where the file cannot be mapped; it is closed then.
+
+    Args:
+        file: a descriptor of the memory, from now on this object's; another one of the same file
+            must not be closed in this process, which would take back the lock.
     """
 
-    def __init__(self, path: Path, launch: Launch) -> None:
-        self._library = _load()
+    def __init__(self, file: int, launch: Launch) -> None:
+        self._file = file
         self._rank, self._ranks, self._step = launch.rank, launch.ranks, 0
-        self._file = os.open(path, os.O_RDWR)
         try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, self._rank)
-            self._memory = mmap.mmap(self._file, self._library.bytes(self._ranks, ROOM))
+            self._library = _load()
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, self._rank)
+            self._memory = mmap.mmap(file, self._library.bytes(self._ranks, ROOM))
         except ERRORS:
-            os.close(self._file)
+            os.close(file)
             raise
         address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         self._place = (address, self._ranks, ROOM)
@@ -67,25 +70,29 @@ class SharedSums:
         while left:
             piece = min(left, ROOM)
             self._step += 1
-            self._library.give(*self._place, self._rank, self._step, given, piece)
+            self._library.give(*self._place, self._rank, self._step, given, piece, size == 8)
             self._take(taken, piece, size == 8)
             given, taken, left = given + piece, taken + piece, left - piece
         return total
 
     def _take(self, into: int, size: int, is_double: bool) -> None:
-        arguments = (*self._place, self._step, into, size, is_double, LOOK_S)
-        if (missing := self._library.take(*arguments)) < 0:
-            return
-        until = time.monotonic() + TIMEOUT.total_seconds()
-        while missing >= 0:
-            if not self._lives(missing):
-                raise RuntimeError(f"rank {missing} has ended")
+        arguments = (*self._place, self._rank, self._step, into, size, is_double, LOOK_S)
+        until = None
+        while (found := self._library.take(*arguments)) != DONE:
+            if found == UNEQUAL:
+                raise RuntimeError("ranks add up different things")
+            ended = [r for r in range(self._ranks) if r != self._rank and not self._lives(r)]
+            # A rank that has given its numbers and then ended is not missed.
+            if ended and self._library.take(*arguments) != DONE:
+                raise RuntimeError(f"rank {ended[0]} has ended")
+            if ended:
+                return
+            until = until or time.monotonic() + TIMEOUT.total_seconds()
             if time.monotonic() > until:
-                raise RuntimeError(f"rank {missing} did not come within {TIMEOUT}")
-            missing = self._library.take(*arguments)
+                raise RuntimeError(f"rank {found} did not come within {TIMEOUT}")
 
     def close(self) -> None:
-        """Give back the file; the memory goes with the process."""
+        """Give back the file, and the lock with it; the memory goes with the process."""
         os.close(self._file)
 
     def _lives(self, rank: int) -> bool:
@@ -105,41 +112,42 @@ def open_together(launch: Launch, gather: Callable[[Any], list[Any]]) -> SharedS
     """
     if not sys.platform.startswith("linux") or launch.local_ranks != launch.ranks:
         return None
-    path, shared, problem = None, None, ""
+    made, shared, problem = None, None, ""
     if launch.rank == 0:
         try:
-            path = _make(launch.ranks)
+            made = _make(launch.ranks)
         except ERRORS as error:
-            problem = str(error)
+            problem = repr(error)
+    path = None if made is None else f"/proc/{os.getpid()}/fd/{made}"
     path, problem = gather((path, problem))[0]
     if path is not None:
         try:
-            shared = SharedSums(path, launch)
+            shared = SharedSums(os.open(path, os.O_RDWR) if made is None else made, launch)
         except ERRORS as error:
-            problem = str(error)
-    problems = [told for told in gather(problem) if told]
-    if launch.rank == 0 and path is not None:
-        path.unlink(missing_ok=True)
-    if not problems:
+            problem = repr(error)
+    told = gather((shared is not None, problem))
+    if all(has for has, _ in told):
         return shared
     if shared is not None:
         shared.close()
     if launch.rank == 0:
-        _log.warning("processes add up by gloo, which takes longer: %s", problems[0])
+        reason = next(problem for has, problem in told if not has)
+        _log.warning("processes add up by gloo, which takes longer: %s", reason)
     return None
 
 
-def _make(ranks: int) -> Path:
-    """A file of nothing but zeros, whose room is taken: a full disk would kill whoever writes."""
-    file, name = tempfile.mkstemp(prefix="posefabric-", dir=FOLDER)
+def _make(ranks: int) -> int:
+    """A descriptor of a file in memory, without a name, that goes with its last user.
+
+    Its room is taken at once: who writes where there is none is killed.
+    """
+    file = os.memfd_create("posefabric")
     try:
         os.posix_fallocate(file, 0, _load().bytes(ranks, ROOM))
-    except (OSError, PosefabricError):
-        Path(name).unlink()
-        raise
-    finally:
+    except ERRORS:
         os.close(file)
-    return Path(name)
+        raise
+    return file
 
 
 @functools.cache
@@ -148,8 +156,8 @@ def _load() -> ctypes.CDLL:
     library = ctypes.CDLL(str(compile_library(SOURCE, ("-O2",))))
     whole, pointer = ctypes.c_longlong, ctypes.c_void_p
     library.bytes.argtypes, library.bytes.restype = [whole, whole], whole
-    library.give.argtypes = [pointer, *[whole] * 4, pointer, whole]
+    library.give.argtypes = [pointer, *[whole] * 4, pointer, whole, whole]
     library.give.restype = None
-    library.take.argtypes = [pointer, *[whole] * 3, pointer, whole, whole, ctypes.c_double]
+    library.take.argtypes = [pointer, *[whole] * 4, pointer, whole, whole, ctypes.c_double]
     library.take.restype = whole
     return library

@@ -249,7 +249,7 @@ def _normalise(
     sums = torch.empty(len(normed) * 2 * channels + 1, dtype=torch.float64)
     places = range(sums.data_ptr(), address(sums[-1:]) or 0, 16 * channels)
     for (x, _, _), place in zip(normed, places, strict=True):
-        kernel("moments", x.dtype)(address(x), rows, channels, place)
+        kernel("moments", x.dtype)(address(x), rows, channels, add_up is not None, place)
     values = float(rows)
     if add_up is not None:
         # One operation for all norms of the sum.
@@ -260,11 +260,13 @@ def _normalise(
     if values <= 1:
         raise one_value(maps[0].shape)
     for (x, norm, into), place in zip(normed, places, strict=True):
+        origin = address(x) if add_up is None else None
         into.stats = x.new_empty(4, channels)
         if norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)
         kernel("norm_factors", x.dtype)(
             place,
+            origin,
             values,
             channels,
             *map(address, (norm.weight, norm.bias, norm.running_mean, norm.running_var)),

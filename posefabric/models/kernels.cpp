@@ -235,8 +235,11 @@ template <class R> struct Moments {
   }
 };
 
-// Sums of x and of its square, two rows of C. They are formed of x - x[0], which rounds less.
-template <class R> static void moments(const R* x, Int rows, Int channels, double* out) {
+// Sums of x - x[0], x[0] being the first pixel's values, and of its square, two rows of C: these
+// round less than those of x. `about_zero` makes them those of x afterwards, in double, which
+// processes can add up.
+template <class R>
+static void moments(const R* x, Int rows, Int channels, Int about_zero, double* out) {
   const Int pieces = std::min(rows, PIECES);
   std::vector<double> sums(pieces * 2 * channels, 0.0);
 #pragma omp parallel for schedule(static)
@@ -254,23 +257,23 @@ template <class R> static void moments(const R* x, Int rows, Int channels, doubl
       sum += sums[p * 2 * channels + c];
       square += sums[(p * 2 + 1) * channels + c];
     }
-    const double origin = x[c];
+    const double origin = about_zero ? x[c] : R(0);
     out[c] = rows * origin + sum;
     out[channels + c] = square + origin * (2 * sum + rows * origin);
   }
 }
 
-// Of the moments of `rows` values a channel, which may be more than this process has: mean, 1 /
-// deviation, and the factor and summand of the norm, four rows of C. Moves the running statistics,
-// where there are any.
+// Of the moments about `origin` (none: zero) of `rows` values a channel, which may be more than this
+// process has: mean, 1 / deviation, and the factor and summand of the norm, four rows of C. Moves
+// the running statistics, where there are any.
 template <class R>
-static void norm_factors(const double* sums, double rows, Int channels, const R* gamma,
+static void norm_factors(const double* sums, const R* origin, double rows, Int channels, const R* gamma,
                          const R* beta, R* running_mean, R* running_var, double momentum,
                          double eps, R* out) {
   for (Int c = 0; c < channels; ++c) {
-    const double mean = sums[c] / rows;
+    const double off = sums[c] / rows, mean = (origin ? origin[c] : R(0)) + off;
     // A comparison that keeps what is not a number.
-    double variance = sums[channels + c] / rows - mean * mean;
+    double variance = sums[channels + c] / rows - off * off;
     if (variance < 0) variance = 0;
     const double scale = 1 / std::sqrt(variance + eps);
     const double factor = scale * (gamma ? gamma[c] : 1.0);
@@ -489,11 +492,13 @@ extern "C" Int threads() { return omp_get_max_threads(); }
                                        Int l) {                                                   \
     depthwise_weight<R>(x, g, dw, b, h, wd, oh, ow, c, k, s, d, t, l);                            \
   }                                                                                               \
-  extern "C" void moments_##S(const R* x, Int n, Int c, double* out) { moments<R>(x, n, c, out); } \
-  extern "C" void norm_factors_##S(const double* sums, double n, Int c, const R* gamma,           \
-                                   const R* beta, R* rm, R* rv, double momentum, double eps,      \
-                                   R* out) {                                                      \
-    norm_factors<R>(sums, n, c, gamma, beta, rm, rv, momentum, eps, out);                         \
+  extern "C" void moments_##S(const R* x, Int n, Int c, Int about_zero, double* out) {            \
+    moments<R>(x, n, c, about_zero, out);                                                         \
+  }                                                                                               \
+  extern "C" void norm_factors_##S(const double* sums, const R* origin, double n, Int c,          \
+                                   const R* gamma, const R* beta, R* rm, R* rv, double momentum,  \
+                                   double eps, R* out) {                                          \
+    norm_factors<R>(sums, origin, n, c, gamma, beta, rm, rv, momentum, eps, out);                 \
   }                                                                                               \
   extern "C" void mix_##S(Int terms, const R** x, const R** f, const Int* act, const double* w,   \
                           Int n, Int c, Int relu, R* out) {                                       \

@@ -19,8 +19,8 @@ _P, _I, _D = ctypes.c_void_p, ctypes.c_longlong, ctypes.c_double
 SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "depthwise": ([_P] * 3 + [_I] * 12, None),
     "depthwise_weight": ([_P] * 3 + [_I] * 11, None),
-    "moments": ([_P, _I, _I, _P], None),
-    "norm_factors": ([_P, _D, _I, _P, _P, _P, _P, _D, _D, _P], None),
+    "moments": ([_P, _I, _I, _I, _P], None),
+    "norm_factors": ([_P, _P, _D, _I, _P, _P, _P, _P, _D, _D, _P], None),
     "mix": ([_I, _P, _P, _P, _P, _I, _I, _I, _P], None),
     "term_sums": ([_P] * 4 + [_I] * 3 + [_P, _P, _D, _P, _P, _P], _D),
     "term_input": ([_P] * 4 + [_I] * 3 + [_P, _D, _P, _D, _P], None),

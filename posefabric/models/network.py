@@ -139,9 +139,8 @@ class FabricNetwork(PoseNetwork):
 
 def first_non_finite(network: nn.Module, images: Tensor) -> str | None:
     """The first module, in order of computation, whose output is not finite, or the images."""
-    if not torch.isfinite(images).all():
-        return "the input images"
-    found: list[str] = []
+    # Other processes, whose norms may wait for this one's, have other images.
+    found = [] if torch.isfinite(images).all() else ["the input images"]
 
     def watch(name: str):
         def hook(module: nn.Module, inputs: object, output: object) -> None:

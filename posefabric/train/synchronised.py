@@ -25,12 +25,12 @@ def synchronised_norms() -> Iterator[None]:
     intercepts every function of torch takes a fifth of a step; torch's own SyncBatchNorm is for
     GPUs alone.) Norms in evaluation mode are as always.
     """
-    functional.batch_norm = _batch_norm
+    before, functional.batch_norm = functional.batch_norm, _batch_norm
     try:
         with norms_over_all(add_up):
             yield
     finally:
-        functional.batch_norm = _TORCHS
+        functional.batch_norm = before
 
 
 def _batch_norm(

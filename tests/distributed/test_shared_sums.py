@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,6 @@ from posefabric.distributed import add_up, place, ranks, shared_sums, summed
 from posefabric.structures import PosefabricError
 
 LARGE = 3 * shared_sums.ROOM // 8 + 5
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A folder of the test's own, in which nothing may be left."""
-    own = tmp_path / "memory"
-    own.mkdir()
-    monkeypatch.setattr(shared_sums, "FOLDER", own)
-    yield
-    assert not list(own.iterdir())
 
 
 def numbers(count: int, dtype: torch.dtype, seed: int) -> Tensor:
@@ -76,6 +65,15 @@ def test_many_in_a_row(tmp_path: Path) -> None:
     assert in_ranks(work, tmp_path) == [True, True]
 
 
+def test_ranks_that_add_different_things_are_told(tmp_path: Path) -> None:
+    def work(rank: int) -> None:
+        add_up(torch.ones(3))
+        add_up(torch.ones(2 + rank))
+
+    for told in in_ranks(work, tmp_path):
+        assert "ranks add up different things" in told
+
+
 def test_whole_numbers_go_another_way(tmp_path: Path) -> None:
     def work(rank: int) -> list[int]:
         return add_up(torch.tensor([rank, 2**60 + rank])).tolist()
@@ -83,8 +81,11 @@ def test_whole_numbers_go_another_way(tmp_path: Path) -> None:
     assert in_ranks(work, tmp_path) == [[1, 2**61 + 1]] * 2
 
 
-def without_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_sums, "FOLDER", Path("/nowhere"))
+def without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*args: Any) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(os, "memfd_create", none)
 
 
 def without_room(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +103,7 @@ def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_sums, "compile_library", fail)
 
 
-@pytest.mark.parametrize("broken", [without_folder, without_room, without_compiler])
+@pytest.mark.parametrize("broken", [without_memory, without_room, without_compiler])
 @pytest.mark.parametrize("where", [(0,), (1,), (0, 1)])
 def test_where_it_cannot_be_had_all_go_by_gloo(
     broken: Any, where: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -116,7 +117,7 @@ def test_where_it_cannot_be_had_all_go_by_gloo(
         ranks.barrier()
         return total, ranks._Group.shared is None, bool(said)
 
-    # A folder, and room in it, are what rank 0 needs.
+    # Memory is what rank 0 needs.
     fails = 0 in where or broken is without_compiler
     assert in_ranks(work, tmp_path) == [(3.0, fails, fails), (3.0, fails, False)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,17 @@ def impatient(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(watch, "FOUND_S", 0.6)
     if request.param == "gloo":
         monkeypatch.setattr(ranks, "open_together", lambda launch, gather: None)
+    monkeypatch.setattr(Here, "shared", request.param != "gloo")
+
+
+class Here:
+    shared = False
+
+
+def meet() -> None:
+    """Once together, ranks know whether they share memory."""
+    summed([torch.ones(1)])
+    assert (ranks._Group.shared is not None) == Here.shared
 
 
 def waiting() -> None:
@@ -29,6 +41,7 @@ def waiting() -> None:
 
 def test_a_killed_rank_is_named(tmp_path: Path) -> None:
     def work(rank: int) -> None:
+        meet()
         if rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         waiting()
@@ -41,6 +54,7 @@ def test_a_killed_rank_is_named(tmp_path: Path) -> None:
 
 def test_the_killed_rank_may_be_the_one_that_holds_the_meeting_place(tmp_path: Path) -> None:
     def work(rank: int) -> None:
+        meet()
         if rank == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         waiting()
@@ -52,6 +66,7 @@ def test_the_killed_rank_may_be_the_one_that_holds_the_meeting_place(tmp_path: P
 
 def test_a_failing_rank_tells_why_and_only_it_is_blamed(tmp_path: Path) -> None:
     def work(rank: int) -> None:
+        meet()
         if rank == 1:
             raise PosefabricError("the disk is full")
         waiting()
@@ -64,12 +79,53 @@ def test_a_failing_rank_tells_why_and_only_it_is_blamed(tmp_path: Path) -> None:
         assert "rank 2 (" not in found[rank] and "rank 0 (" not in found[rank]
 
 
+def test_a_rank_that_ends_before_the_first_sum(tmp_path: Path) -> None:
+    def work(rank: int) -> None:
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        waiting()
+
+    assert in_ranks(work, tmp_path)[0].startswith("rank 0 of 2 stops: rank 1 (")
+
+
+def test_the_first_rank_that_fails_is_heard(tmp_path: Path) -> None:
+    """It holds the meeting place, and its words have to be read there before it goes."""
+    if not Here.shared:
+        pytest.skip("gloo's connections break when the process ends, with the meeting place")
+
+    def work(rank: int) -> None:
+        meet()
+        if rank == 0:
+            raise PosefabricError("the disk is full")
+        waiting()
+
+    first, second = in_ranks(work, tmp_path)
+    assert first == "the disk is full"
+    assert second.startswith("rank 1 of 2 stops: rank 0 (") and "disk is full" in second
+
+
+def test_a_rank_that_ends_is_found_while_another_is_busy(tmp_path: Path) -> None:
+    def work(rank: int) -> None:
+        meet()
+        if rank == 1:
+            time.sleep(20)
+        if rank == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        waiting()
+
+    began = time.monotonic()
+    found = in_ranks(work, tmp_path, ranks=3, wait_s=60.0)
+    assert "rank 2 (" in found[0] and "rank 1 (" not in found[0]
+    assert time.monotonic() - began < 40
+
+
 def test_a_rank_that_hangs_does_not_hold_the_others(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(watch, "GRACE_S", 0.2)
 
     def work(rank: int) -> None:
+        meet()
         if rank == 1:
             # Stopped: it keeps its connections, so that nothing breaks by itself.
             os.kill(os.getpid(), signal.SIGSTOP)

@@ -161,6 +161,10 @@ def test_norms_far_from_zero_and_what_is_not_a_number() -> None:
     norm, other = (nn.BatchNorm2d(9, affine=False) for _ in range(2))
     found = weighted_sum([Term(x, norm=norm)])
     assert float((found - exact).abs().max()) <= float((other(x) - exact).abs().max()) * 1.5 + 0.05
+    far = noise(4, 9, 8, 8) * 1e-2 + 1e4
+    norm, other = (nn.BatchNorm2d(9, affine=False).double() for _ in range(2))
+    torch.testing.assert_close(weighted_sum([Term(far, norm=norm)]), other(far), rtol=0, atol=1e-7)
+    norm = nn.BatchNorm2d(9, affine=False)
     for bad in (torch.nan, torch.inf):
         x[1, 3, 2, 2] = bad
         out = weighted_sum([Term(x, norm=norm, act=RELU)], relu=True)
