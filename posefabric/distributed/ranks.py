@@ -54,11 +54,9 @@ def together(work: Callable[[], T]) -> T:
     try:
         return work()
     except RuntimeError as error:
-        raise _lost(error) from error
-
-
-def _lost(error: RuntimeError) -> Exception:
-    return error if _Group.watch is None else _Group.watch.lost(error)
+        if _Group.watch is None:
+            raise
+        raise _Group.watch.lost(error) from error
 
 
 def barrier() -> None:
@@ -88,10 +86,7 @@ def add_up(flat: Tensor) -> Tensor:
         return flat
     shared = _shared() if flat.device.type == "cpu" and flat.is_floating_point() else None
     if shared is not None and flat.element_size() >= 4:
-        try:
-            return shared.add(flat)
-        except RuntimeError as error:
-            raise _lost(error) from error
+        return together(lambda: shared.add(flat))
     import torch.distributed as dist
 
     together(lambda: dist.all_reduce(flat))

@@ -1,9 +1,9 @@
 // Sums of arrays over the processes of one machine, through memory that they share.
 //
 // The memory: for each rank a line with its counter, then twice an array for each rank. In step n a
-// rank writes its array into the half n % 2, says how large it is, and sets its counter to n. Nobody can
-// write into a half that somebody still reads: that needs step n + 2, and whoever is there has seen
-// all ranks arrive at n + 1, which they do after they have read n.
+// rank writes its array into the half n % 2, says how large it is, and sets its counter to n. Nobody
+// can write into a half that somebody still reads: that needs step n + 2, and whoever is there has
+// seen all ranks arrive at n + 1, which they do after they have read n.
 
 #include <sched.h>
 #include <time.h>

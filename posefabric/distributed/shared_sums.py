@@ -77,17 +77,14 @@ class SharedSums:
 
     def _take(self, into: int, size: int, is_double: bool) -> None:
         arguments = (*self._place, self._rank, self._step, into, size, is_double, LOOK_S)
-        until = None
+        ended, until = [], time.monotonic() + TIMEOUT.total_seconds()
         while (found := self._library.take(*arguments)) != DONE:
             if found == UNEQUAL:
                 raise RuntimeError("ranks add up different things")
-            ended = [r for r in range(self._ranks) if r != self._rank and not self._lives(r)]
-            # A rank that has given its numbers and then ended is not missed.
-            if ended and self._library.take(*arguments) != DONE:
-                raise RuntimeError(f"rank {ended[0]} has ended")
+            # Asked once more: one that has given its numbers and then ended is not missed.
             if ended:
-                return
-            until = until or time.monotonic() + TIMEOUT.total_seconds()
+                raise RuntimeError(f"rank {ended[0]} has ended")
+            ended = [r for r in range(self._ranks) if r != self._rank and not self._lives(r)]
             if time.monotonic() > until:
                 raise RuntimeError(f"rank {found} did not come within {TIMEOUT}")
 

@@ -16,11 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from posefabric.models.kernels import load_kernels
+from posefabric.models.kernels import (
+    SUFFIX,
+    address,
+    channels_last,
+    kernel,
+    load_kernels,
+    rows_of,
+)
+from posefabric.models.recomputing import give_recipe
 from posefabric.structures import PosefabricError
 
 NONE, RELU, RELU6 = 0, 1, 2
-SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 
 
 def takes(x: Tensor) -> bool:
@@ -299,69 +306,9 @@ def _row_bytes(stats: Tensor) -> int:
     return 2 * stats.shape[1] * stats.element_size()
 
 
-@dataclass
-class Recipe:
-    """How to have a map again that was not kept."""
-
-    again: Callable[[], Tensor]
-    version: int
-
-    def __call__(self) -> Tensor:
-        return self.again()
-
-
 def _say_how_to_recompute(result: Tensor) -> None:
     node: Any = result.grad_fn
     if node is not None:
         x = node.saved_tensors[0].detach()
         kept = node.kept[0]
         give_recipe(result, lambda: _mix([x], [kept], False))
-
-
-def give_recipe(result: Tensor, again: Callable[[], Tensor]) -> None:
-    """Say how to compute ``result`` again, to the layers that would keep it."""
-    result.recipe = Recipe(again, result._version)  # type: ignore[attr-defined]
-
-
-def recipe_of(x: Tensor) -> Recipe | None:
-    """None where there is none, or where somebody has written into x since."""
-    recipe: Recipe | None = getattr(x, "recipe", None)
-    return None if recipe is None or recipe.version != x._version else recipe
-
-
-def recomputing(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``layer(x)`` that does not keep x for the backward pass where x tells its recipe."""
-    recipe = recipe_of(x)
-    if recipe is None:
-        return layer(x)
-    place, shape = x.data_ptr(), x.shape
-
-    def pack(kept: Tensor) -> Tensor | Recipe:
-        return recipe if kept.data_ptr() == place and kept.shape == shape else kept
-
-    def unpack(kept: Tensor | Recipe) -> Tensor:
-        return kept() if isinstance(kept, Recipe) else kept
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        return layer(x)
-
-
-def kernel(name: str, dtype: torch.dtype) -> Callable[..., Any]:
-    """To be called at once: it runs on as many threads as torch has now."""
-    library: Any = load_kernels().library
-    library.use_threads(torch.get_num_threads())
-    return getattr(library, f"{name}_{SUFFIX[dtype]}")
-
-
-def address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def rows_of(x: Tensor) -> tuple[int, int]:
-    """Pixels of the batch, and channels."""
-    return x.numel() // x.shape[1], x.shape[1]
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """Channels last in memory, without gaps."""
-    return x.contiguous(memory_format=torch.channels_last)

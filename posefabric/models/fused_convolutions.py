@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from posefabric.models.fused import address, channels_last, give_recipe, kernel, recipe_of
+from posefabric.models.kernels import address, channels_last, kernel
+from posefabric.models.recomputing import give_recipe, recipe_of
 
 
 @dataclass(frozen=True)

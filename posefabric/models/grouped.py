@@ -22,7 +22,6 @@ from posefabric.models.fused import (
     RELU,
     RELU6,
     Term,
-    recomputing,
     takes,
     takes_norm,
     weighted_sum,
@@ -30,6 +29,7 @@ from posefabric.models.fused import (
 from posefabric.models.fused_convolutions import Window, depthwise, pointwise
 from posefabric.models.kernels import load_kernels
 from posefabric.models.posenfs_backbones import Bottleneck, ResNet
+from posefabric.models.recomputing import recomputing
 from posefabric.models.timm_import import import_timm
 from posefabric.space.cell import Cell, FromCoarser, FromFiner, Weight, edge_name, is_zero
 

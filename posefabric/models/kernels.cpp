@@ -267,9 +267,9 @@ static void moments(const R* x, Int rows, Int channels, Int about_zero, double* 
 // process has: mean, 1 / deviation, and the factor and summand of the norm, four rows of C. Moves
 // the running statistics, where there are any.
 template <class R>
-static void norm_factors(const double* sums, const R* origin, double rows, Int channels, const R* gamma,
-                         const R* beta, R* running_mean, R* running_var, double momentum,
-                         double eps, R* out) {
+static void norm_factors(const double* sums, const R* origin, double rows, Int channels,
+                         const R* gamma, const R* beta, R* running_mean, R* running_var,
+                         double momentum, double eps, R* out) {
   for (Int c = 0; c < channels; ++c) {
     const double off = sums[c] / rows, mean = (origin ? origin[c] : R(0)) + off;
     // A comparison that keeps what is not a number.

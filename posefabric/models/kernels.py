@@ -1,12 +1,17 @@
-"""Loads the fast path's CPU kernels: ``kernels.cpp``, which needs nothing of torch."""
+"""Loads and calls the fast path's CPU kernels: ``kernels.cpp``, which needs nothing of torch."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from posefabric.native import compile_library
 from posefabric.structures import PosefabricError
@@ -16,6 +21,7 @@ NATIVE = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-mar
 OPTIONS = ("-O3", "-fopenmp", "-fno-math-errno", NATIVE)
 
 _P, _I, _D = ctypes.c_void_p, ctypes.c_longlong, ctypes.c_double
+SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "depthwise": ([_P] * 3 + [_I] * 12, None),
     "depthwise_weight": ([_P] * 3 + [_I] * 11, None),
@@ -50,9 +56,30 @@ def load_kernels() -> Kernels:
 
 def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     for name, (arguments, result) in SIGNATURES.items():
-        for suffix in ("f32", "f64"):
+        for suffix in SUFFIX.values():
             function = getattr(library, f"{name}_{suffix}")
             function.argtypes, function.restype = arguments, result
     library.use_threads.argtypes, library.use_threads.restype = [_I], None
     library.threads.argtypes, library.threads.restype = [], _I
     return library
+
+
+def kernel(name: str, dtype: torch.dtype) -> Callable[..., Any]:
+    """To be called at once: it runs on as many threads as torch has now."""
+    library: Any = load_kernels().library
+    library.use_threads(torch.get_num_threads())
+    return getattr(library, f"{name}_{SUFFIX[dtype]}")
+
+
+def address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def rows_of(x: Tensor) -> tuple[int, int]:
+    """Pixels of the batch, and channels."""
+    return x.numel() // x.shape[1], x.shape[1]
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """Channels last in memory, without gaps."""
+    return x.contiguous(memory_format=torch.channels_last)

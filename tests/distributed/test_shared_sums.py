@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,18 @@ def test_ranks_that_add_different_things_are_told(tmp_path: Path) -> None:
 
     for told in in_ranks(work, tmp_path):
         assert "ranks add up different things" in told
+
+
+def test_a_rank_that_stays_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_sums, "TIMEOUT", timedelta(seconds=0.1))
+
+    def work(rank: int) -> None:
+        add_up(torch.ones(1))
+        if rank == 1:
+            time.sleep(3.0)
+        add_up(torch.ones(1))
+
+    assert "rank 1 did not come within 0:00:00.1" in in_ranks(work, tmp_path)[0]
 
 
 def test_whole_numbers_go_another_way(tmp_path: Path) -> None:
