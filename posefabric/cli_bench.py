@@ -21,8 +21,8 @@ def bench(
 ) -> None:
     """Measure speed and memory as ratios in one run; docs/bench.md says how to read them.
 
-    Groups: search_step, inference, memory, loader, evaluation, shipped, peers, processes, and
-    profile. At most 15 minutes on two cores.
+    Groups: search_step, inference, memory, loader, evaluation, shipped, peers, compile,
+    processes, and profile. At most 15 minutes on two cores.
     """
     from posefabric.bench.machine import describe_machine
     from posefabric.bench.report import (

@@ -120,9 +120,12 @@ class Bench:
         """Seconds until the bench's time is up."""
         return self.effort.seconds - (self.clock() - self._began)
 
-    def too_late(self, name: str) -> Missing | None:
-        """Why a comparison may not begin any more, as its row; None when it may."""
-        if self.left() >= self.effort.reserve:
+    def too_late(self, name: str, *, needs: float = 0.0) -> Missing | None:
+        """Why a comparison may not begin any more, as its row; None when it may.
+
+        ``needs``: seconds, where a comparison needs more than the reserve.
+        """
+        if self.left() >= max(needs, self.effort.reserve):
             return None
         group = name.partition(".")[0]
         spent = f"the bench's {self.effort.seconds:.0f} s were used up before"

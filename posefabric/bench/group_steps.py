@@ -13,7 +13,7 @@ from posefabric.bench.released import BASELINE
 from posefabric.bench.rows import Line, Missing, Row, speed_row
 from posefabric.bench.subjects import Subject
 from posefabric.bench.timing import Rounds, interleaved, ratio_of
-from posefabric.bench.training import on_plain_path, own_steps, yardstick_steps
+from posefabric.bench.training import on_path, own_steps, yardstick_steps
 from posefabric.config import Config
 from posefabric.structures import PosefabricError
 
@@ -64,7 +64,7 @@ def _step_rows(bench: Bench, subject: Subject, place: Place) -> Iterator[Row]:
     arms = against_yardstick(subject)
     names = {"ours": place.name}
     if place.device == "cpu":
-        arms[PLAIN] = (own_steps, on_plain_path(subject.config()))
+        arms[PLAIN] = (own_steps, on_path(subject.config(), "plain"))
         names[PLAIN] = f"{place.name}.{PLAIN}"
     took = step_rounds(arms, batch=batch, device=place.device, plan=plan)
     for arm, name in names.items():

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from posefabric.bench import (
+    group_compile,
     group_evaluation,
     group_inference,
     group_loader,
@@ -39,6 +40,7 @@ GROUPS: dict[str, tuple[Part, ...]] = {
     "loader": (group_loader.waiting, group_loader.memory),
     "evaluation": (group_evaluation.images, group_evaluation.oks),
     "peers": (group_shipped.peers_in_runtimes, group_inference.peers_in_eager),
+    "compile": (group_compile.compiled_path,),
 }
 PROFILE = "profile"
 PEAK_SECONDS = {True: 1.0, False: 4.0}
@@ -113,7 +115,7 @@ def run_bench(
 
 
 def in_order(known: Iterable[str]) -> list[str]:
-    """The groups as they are measured: the profile before what takes longest, the peers."""
+    """The groups as they are measured: the profile before the peers, who take longest."""
     names = list(known)
     names.insert(names.index("peers") if "peers" in names else len(names), PROFILE)
     return names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -121,9 +122,16 @@ def yardstick_steps(gate: Gate, *, config: Config, batch: int, device: str) -> N
     answer_turns(gate, lambda: (step(), growth.bytes()))
 
 
-def on_plain_path(config: Config) -> Config:
-    """The same without the fast path."""
-    model = config.model.model_copy(update={"path": "plain"})
+def compiled_steps(gate: Gate, *, config: Config, batch: int, device: str) -> None:
+    """As own_steps, with nothing that an earlier process compiled."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        own_steps(gate, config=config, batch=batch, device=device)
+
+
+def on_path(config: Config, path: str) -> Config:
+    """The same with another ``model.path``."""
+    model = config.model.model_copy(update={"path": path})
     return config.model_copy(update={"model": model})
 
 

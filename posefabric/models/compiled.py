@@ -1,9 +1,9 @@
-"""The compiled path: a network's cells through torch.compile, once for each kind of cell."""
+"""The compiled path: a network's cells through torch.compile, once for each scale."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,10 +19,11 @@ from posefabric.structures import PosefabricError
 def compiled_path(network: nn.Module, device: torch.device) -> nn.Module:
     """Switch a network, in place, to compiled cells; on a CPU the rest goes the fast path.
 
-    Cells of equal structure share one compiled function, whichever part they belong to: it takes
-    a cell's weights and statistics as arguments. What weighs exactly nothing is computed all the
-    same, so that a search that closes options compiles nothing anew. Without gradients, in
-    evaluation, and with norms over several processes a cell is computed as without it.
+    What is compiled is a cell from its first node on. Cells of a scale with equal edges share one
+    function, whichever part and layer they belong to and whatever they read: it takes a cell's
+    weights and statistics as arguments. What weighs exactly nothing is computed all the same, so
+    that a search that closes options compiles nothing anew. Without gradients, in evaluation, and
+    with norms over several processes a cell is computed as without it.
 
     Raises PosefabricError on a CPU without a C++ compiler.
     """
@@ -45,41 +46,37 @@ def compiled_path(network: nn.Module, device: torch.device) -> nn.Module:
 
 
 class CompiledCell:
-    """A cell whose training step is a compiled function's."""
+    """A cell whose training step, from its first node on, is a compiled function's."""
 
     compiled: Callable[..., Tensor]
 
-    def forward(
-        self,
-        inputs: Mapping[int, Tensor],
-        source_weights: Sequence[Weight],
-        choice_weights: Sequence[Sequence[Weight]],
-        *,
-        finest: Tensor,
-    ) -> Tensor:
+    def compute(self, entry: Tensor, choice_weights: Sequence[Sequence[Weight]]) -> Tensor:
         cell: Any = self
         if not cell.training or not torch.is_grad_enabled() or place().ranks > 1:
             layer: Any = super()
-            return layer.forward(inputs, source_weights, choice_weights, finest=finest)
-        state = {**dict(cell.named_parameters()), **dict(cell.named_buffers())}
-        maps = [inputs[source.scale] for source in cell.graph.sources]
-        sources = _stacked(source_weights, finest)
-        choices = torch.stack([_stacked(row, finest) for row in choice_weights])
-        return self.compiled(state, maps, sources, choices)
+            return layer.compute(entry, choice_weights)
+        state = {**_own(cell.named_parameters()), **_own(cell.named_buffers())}
+        weights = torch.stack([_stacked(row, entry) for row in choice_weights])
+        return self.compiled(state, entry, weights)
+
+
+class _WithoutSources(Cell):
+    """A cell that is called from its first node on."""
+
+    def forward(self, *arguments: Any) -> Tensor:
+        return self.compute(*arguments)
 
 
 def _compiled(cell: Cell, *, name: str) -> Callable[..., Tensor]:
-    """A function of a cell's state, its sources' maps and its weights."""
+    """A function of a cell's state, its first node and its candidates' weights."""
     template = copy.deepcopy(cell).train()
+    del template.sources
     plain_path(template)
-    scales = [source.scale for source in cell.graph.sources]
+    template.__class__ = _WithoutSources
 
-    def run(
-        state: dict[str, Tensor], maps: list[Tensor], sources: Tensor, choices: Tensor
-    ) -> Tensor:
-        inputs = dict(zip(scales, maps, strict=True))
-        weights = sources.unbind(), [row.unbind() for row in choices.unbind()]
-        return torch.func.functional_call(template, state, (inputs, *weights), {"finest": maps[0]})
+    def run(state: dict[str, Tensor], entry: Tensor, weights: Tensor) -> Tensor:
+        rows = [row.unbind() for row in weights.unbind()]
+        return torch.func.functional_call(template, state, (entry, rows))
 
     # What is compiled is found again by its code, of which only so many versions are kept.
     run.__code__ = run.__code__.replace(co_name=name)
@@ -87,10 +84,15 @@ def _compiled(cell: Cell, *, name: str) -> Callable[..., Tensor]:
 
 
 def _kind(cell: Cell) -> str:
-    """Equal for cells that compute alike."""
-    graph = cell.graph.model_copy(update={"layer": 0})
-    shapes = [(name, tuple(p.shape)) for name, p in cell.named_parameters()]
+    """Equal for cells that compute alike from their first node on."""
+    graph = cell.graph.model_copy(update={"layer": 0, "sources": ()})
+    shapes = {name: tuple(p.shape) for name, p in _own(cell.named_parameters()).items()}
     return f"{graph.model_dump_json()} {shapes}"
+
+
+def _own(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """What is not of the cell's sources."""
+    return {name: value for name, value in named if not name.startswith("sources.")}
 
 
 def _stacked(weights: Sequence[Weight], like: Tensor) -> Tensor:

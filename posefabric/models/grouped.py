@@ -148,29 +148,29 @@ class FastBottleneck(Fast):
 class FastCell(Fast):
     """A fabric's cell: every sum over sources or candidates is one computation."""
 
-    def forward(
-        self,
-        inputs: Mapping[int, Tensor],
-        source_weights: Sequence[Weight],
-        choice_weights: Sequence[Sequence[Weight]],
-        *,
-        finest: Tensor,
-    ) -> Tensor:
+    def enter(self, inputs: Mapping[int, Tensor], source_weights: Sequence[Weight]) -> Tensor:
         cell: Any = self
-        if not cell.graph.edges or not takes(finest) or not cell.training:
+        if not cell.training or not all(takes(inputs[s.scale]) for s in cell.graph.sources):
             layer: Any = super()
-            return layer.forward(inputs, source_weights, choice_weights, finest=finest)
+            return layer.enter(inputs, source_weights)
         terms = [
             _source_term(cell.sources[str(source.slot)], inputs[source.scale], weight)
             for source, weight in zip(cell.graph.sources, source_weights, strict=True)
             if not is_zero(weight)
         ]
-        hidden = {0: weighted_sum(terms, relu=True)}
+        return weighted_sum(terms, relu=True)
+
+    def compute(self, entry: Tensor, choice_weights: Sequence[Sequence[Weight]]) -> Tensor:
+        cell: Any = self
+        if not cell.training or not takes(entry):
+            layer: Any = super()
+            return layer.compute(entry, choice_weights)
+        hidden = {0: entry}
         arriving: dict[int, list[Term]] = {}
         for edge, weights in zip(cell.graph.edges, choice_weights, strict=True):
             # Edges come in the order of their ends: all that ends in this start is known.
             if edge.start not in hidden:
-                hidden[edge.start] = _node(arriving.get(edge.start, []), hidden[0])
+                hidden[edge.start] = _node(arriving.get(edge.start, []), entry)
             choices = cell.edges[edge_name(edge)]
             for choice, weight in zip(edge.choices, weights, strict=True):
                 if choice.operation == "zero" or is_zero(weight):
@@ -179,7 +179,7 @@ class FastCell(Fast):
                 term.weight = weight
                 arriving.setdefault(edge.end, []).append(term)
         nodes = [
-            hidden[n] if n in hidden else _node(arriving.get(n, []), hidden[0]) for n in cell.nodes
+            hidden[n] if n in hidden else _node(arriving.get(n, []), entry) for n in cell.nodes
         ]
         joined = nodes[0] if len(nodes) == 1 else torch.cat(nodes, dim=1)
         return cell.norm(cell.keep(joined))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,19 +37,12 @@ class PartialCell:
     channels: Tensor | None = None
     templates: dict[tuple[str, int], nn.Module]
 
-    def forward(
-        self,
-        inputs: Mapping[int, Tensor],
-        source_weights: Sequence[Weight],
-        choice_weights: Sequence[Sequence[Weight]],
-        *,
-        finest: Tensor,
-    ) -> Tensor:
+    def compute(self, entry: Tensor, choice_weights: Sequence[Sequence[Weight]]) -> Tensor:
         cell: Any = self
         if self.channels is None or not cell.training:
             layer: Any = super()
-            return layer.forward(inputs, source_weights, choice_weights, finest=finest)
-        hidden = {0: cell.enter(inputs, source_weights)}
+            return layer.compute(entry, choice_weights)
+        hidden = {0: entry}
         for edge, weights in zip(cell.graph.edges, choice_weights, strict=True):
             start = node_of(hidden, edge.start)
             seen = start[:, self.channels]

@@ -98,16 +98,7 @@ class Cell(nn.Module):
         """
         if not self.graph.edges:
             return self._constant_map(finest)
-        hidden = {0: self.enter(inputs, source_weights)}
-        for edge, weights in zip(self.graph.edges, choice_weights, strict=True):
-            choices = self.edges[edge_name(edge)]
-            assert isinstance(choices, nn.ModuleDict)
-            for choice, weight in zip(edge.choices, weights, strict=True):
-                if choice.operation == "zero" or is_zero(weight):
-                    continue
-                value = choices[choice.operation](node_of(hidden, edge.start))
-                hidden[edge.end] = add(hidden.get(edge.end), value, weight)
-        return self.leave(hidden)
+        return self.compute(self.enter(inputs, source_weights), choice_weights)
 
     def enter(self, inputs: Mapping[int, Tensor], source_weights: Sequence[Weight]) -> Tensor:
         """Node 0: the weighted sum of the sources, rectified."""
@@ -118,6 +109,19 @@ class Cell(nn.Module):
             total = add(total, self.sources[str(source.slot)](inputs[source.scale]), weight)
         assert total is not None, "a cell's source weights are never all zero"
         return functional.relu(total)
+
+    def compute(self, entry: Tensor, choice_weights: Sequence[Sequence[Weight]]) -> Tensor:
+        """All edges from node 0 on, and what the cell keeps of its nodes."""
+        hidden = {0: entry}
+        for edge, weights in zip(self.graph.edges, choice_weights, strict=True):
+            choices = self.edges[edge_name(edge)]
+            assert isinstance(choices, nn.ModuleDict)
+            for choice, weight in zip(edge.choices, weights, strict=True):
+                if choice.operation == "zero" or is_zero(weight):
+                    continue
+                value = choices[choice.operation](node_of(hidden, edge.start))
+                hidden[edge.end] = add(hidden.get(edge.end), value, weight)
+        return self.leave(hidden)
 
     def leave(self, hidden: Mapping[int, Tensor]) -> Tensor:
         """The cell's output from its nodes."""

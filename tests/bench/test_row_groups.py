@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
 
 import pytest
-from bench_parts import TINY, CannedProcess, FakeClock, make_bench
+from bench_parts import LITTLE, TINY, CannedProcess, FakeClock, make_bench
 
 from posefabric.bench import (
     context,
+    group_compile,
     group_evaluation,
     group_inference,
     group_loader,
@@ -24,7 +26,14 @@ from posefabric.bench.timing import Rounds
 from posefabric.structures import PosefabricError
 
 SECONDS = {"ours": [1.0], "theirs": [4.0], **{peer: [2.0] for peer in PEERS}}
-MODULES = (group_steps, group_inference, group_loader, group_evaluation, group_shipped)
+MODULES = (
+    group_compile,
+    group_steps,
+    group_inference,
+    group_loader,
+    group_evaluation,
+    group_shipped,
+)
 
 
 @pytest.fixture
@@ -41,6 +50,7 @@ def canned(monkeypatch) -> type[CannedProcess]:
                 monkeypatch.setattr(module, name, stand_in)
     answers = {
         "own_steps": (1.0, 300),
+        "compiled_steps": (2.0, 300),
         "yardstick_steps": (3.0, 1000),
         "forward_rounds": {"took": SECONDS, "precision": "fp32"},
         "loader_waits": {"wait": [0.02], "prepare": [0.1], "seconds": [1.0]},
@@ -91,6 +101,18 @@ def test_a_gpu_has_rows_of_its_own(canned, tmp_path, monkeypatch) -> None:
     names = ["search_step.tiny", "search_step.tiny.plain_path", "search_step.tiny.gpu"]
     assert list(measured(lines)) == names
     assert [options["device"] for _, _, options in canned.made] == ["cpu"] * 3 + ["cuda"] * 2
+
+
+def test_compile(canned, tmp_path) -> None:
+    lines = list(group_compile.compiled_path(make_bench(tmp_path, quick=False)))
+    assert measured(lines) == {"compile.tiny": 0.5, "compile.tiny.first_step": 2.0}
+    paths = [options["config"].model.path for _, _, options in canned.made]
+    assert paths == ["compiled", "fast"]
+    quick = list(group_compile.compiled_path(make_bench(tmp_path)))
+    assert missing(quick) == {"compile.tiny": group_compile.QUICK_LEAVES_OUT}
+    effort = dataclasses.replace(LITTLE, seconds=group_compile.SECONDS - 1)
+    late = list(group_compile.compiled_path(make_bench(tmp_path, quick=False, effort=effort)))
+    assert "were used up before (try --only compile)" in missing(late)["compile.tiny"]
 
 
 def test_inference_and_peers_in_eager(canned, tmp_path) -> None:

@@ -35,6 +35,7 @@ def test_the_groups_are_those_asked_for() -> None:
         "evaluation",
         "shipped",
         "peers",
+        "compile",
         "processes",
     }
 
@@ -50,7 +51,7 @@ def test_groups_run_in_order_and_what_fails_is_a_row(monkeypatch) -> None:
         "measuring profile",
     ]
     assert all(line.endswith(" s left") for line in said)
-    assert in_order(GROUPS)[-2:] == [PROFILE, "peers"]
+    assert in_order(GROUPS)[-3:] == [PROFILE, "peers", "compile"]
     assert found.lines == [ROW, Missing("a.measure", "failed: no memory"), ROW]
     assert run_bench(groups=groups, only=["b"]).lines == []
     assert found.machine["cores"] >= 1 and found.seconds >= 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,8 @@ from posefabric.bench import training
 from posefabric.bench.training import (
     Enough,
     PacedStrategy,
-    on_plain_path,
+    compiled_steps,
+    on_path,
     own_steps,
     training_batch,
     yardstick_steps,
@@ -86,6 +89,20 @@ def test_a_peer_trains_by_the_same_trainer() -> None:
     assert len(gate.answers) == 2
 
 
+def test_what_is_compiled_is_compiled_anew(monkeypatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
+    seen = []
+
+    def steps(gate, **options) -> None:
+        seen.append(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+        assert not list(Path(seen[-1]).iterdir())
+
+    monkeypatch.setattr("posefabric.bench.training.own_steps", steps)
+    for _ in range(2):
+        compiled_steps(FakeGate(turns=1), config=TINY.config(), batch=2, device="cpu")  # type: ignore[arg-type]
+    assert len({*seen, "elsewhere"}) == 3
+
+
 def test_the_yardsticks_step_a_turn() -> None:
     gate = FakeGate(turns=2)
     yardstick_steps(gate, config=TINY.config(), batch=2, device="cpu")  # type: ignore[arg-type]
@@ -99,7 +116,7 @@ def test_the_batch_is_prepared_as_for_training() -> None:
 
 def test_the_path_is_the_one_that_a_training_takes() -> None:
     config = TINY.config()
-    for wanted, device in ((config, CPU), (on_plain_path(config), CPU), (config, CUDA)):
+    for wanted, device in ((config, CPU), (on_path(config, "plain"), CPU), (config, CUDA)):
         network = build_supernet(wanted)
         choose_path(network, wanted, device)
         fast = any(isinstance(module, Fast) for module in network.modules())

@@ -1,0 +1,69 @@
+"""Rows of torch.compile: a step of the compiled path against the default one, and the first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from posefabric.bench.context import Bench
+from posefabric.bench.fresh import Fresh
+from posefabric.bench.rows import Line, Missing, Row, speed_row
+from posefabric.bench.timing import interleaved, ratio_of
+from posefabric.bench.training import compiled_steps, on_path, own_steps
+from posefabric.structures import PosefabricError
+
+QUICK_LEAVES_OUT = "a quick bench does not compile, which takes a minute (try --only compile)"
+# What compiling and its rounds need, to begin at all.
+SECONDS = 90.0
+
+
+def compiled_path(bench: Bench) -> Iterator[Line]:
+    """`model.path=compiled` against `model.path=fast`, compiled anew; the last subject, a CPU."""
+    subject = bench.subjects[-1]
+    name = f"compile.{subject.name}"
+    if bench.quick:
+        yield Missing(name, QUICK_LEAVES_OUT)
+        return
+    late = bench.too_late(name, needs=SECONDS)
+    if late is not None:
+        yield late
+        return
+    options: dict[str, Any] = {"batch": subject.batch, "device": "cpu"}
+    fast, compiled = on_path(subject.config(), "fast"), on_path(subject.config(), "compiled")
+    try:
+        with (
+            Fresh(compiled_steps, alone=True, config=compiled, **options) as ours,
+            Fresh(own_steps, alone=True, config=fast, **options) as theirs,
+        ):
+            first, first_fast = _seconds(ours)(), _seconds(theirs)()
+            took = interleaved(
+                {"ours": _seconds(ours), "theirs": _seconds(theirs)},
+                bench.within(bench.effort.steps),
+            )
+    except PosefabricError as error:
+        yield Missing(name, f"failed: {error}")
+        return
+    baseline = "the same step on the fast path"
+    yield speed_row(
+        name,
+        ours=took["ours"],
+        theirs=took["theirs"],
+        count=subject.batch,
+        baseline=baseline,
+        conditions=options,
+    )
+    yield Row(
+        name=f"{name}.first_step",
+        ratio=ratio_of([first], [first_fast]),
+        baseline=baseline,
+        unit="times the baseline's seconds",
+        better="less",
+        ours=first,
+        theirs=first_fast,
+        measure="s, the first step, nothing compiled before",
+        conditions=options,
+    )
+
+
+def _seconds(process: Fresh) -> Callable[[], float]:
+    return lambda: process.ask()[0]
