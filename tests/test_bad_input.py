@@ -110,7 +110,7 @@ def test_a_damaged_run_folder(people, monkeypatch, capsys) -> None:
     assert "run.json" in capsys.readouterr().err
 
 
-def test_a_full_disk_is_said_and_leaves_a_run_that_resumes(tmp_path: Path) -> None:
+def test_a_full_disk_is_said_and_leaves_a_run_that_resumes(tmp_path: Path, monkeypatch) -> None:
     """A limit on file size stands for the disk: the kernel refuses the write alike."""
     out = tmp_path / "run"
     script = "import resource, sys; from posefabric.cli import main; "
@@ -124,10 +124,5 @@ def test_a_full_disk_is_said_and_leaves_a_run_that_resumes(tmp_path: Path) -> No
     assert limited.returncode == 1
     assert "disk is full" in limited.stderr and "Traceback" not in limited.stderr
     assert RunFolder.open(out).state == "failed"
-    resumed = subprocess.run(
-        [sys.executable, "-c", script + "main()", "search", "--out", str(out), "--resume"],
-        capture_output=True,
-        text=True,
-    )
-    assert resumed.returncode == 0, resumed.stderr
+    assert command(monkeypatch, "search", "--out", out, "--resume") == 0
     assert RunFolder.open(out).state == "finished"

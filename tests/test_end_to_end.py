@@ -25,6 +25,7 @@ TINY = [
     "search.epochs=2",
     "search.batch_size=8",
     "search.precision=fp32",
+    "search.worth_persons=8",
     "finetune.epochs=2",
     "finetune.batch_size=8",
     "finetune.precision=fp32",

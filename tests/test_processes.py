@@ -28,6 +28,7 @@ SMALL = [
     "model.channel_factor=2",
     "model.parts=1",
     "search.batch_size=4",
+    "search.worth_persons=4",
     "search.learning_rate=1e-4",
     "finetune.batch_size=4",
     "finetune.epochs=0.5",

@@ -23,7 +23,7 @@ FEWER = {"1200": "40", "150": "8"}
 SMALLER = {
     "data": {"input_wh": [64, 64]},
     "model": {"backbone": "test_efficientnet", "weights": "none", "channel_factor": 2},
-    "search": {"epochs": 1, "batch_size": 8},
+    "search": {"epochs": 1, "batch_size": 8, "worth_persons": 8},
     "finetune": {"epochs": 1, "batch_size": 8},
 }
 

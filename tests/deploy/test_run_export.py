@@ -46,7 +46,7 @@ def make_run(path: Path, **sections: Any) -> RunFolder:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    return make_run(tmp_path_factory.mktemp("run") / "run")
+    return make_run(tmp_path_factory.mktemp("run") / "run", model=dict(first_layer=4))
 
 
 @pytest.fixture(scope="module")

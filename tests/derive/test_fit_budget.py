@@ -82,6 +82,7 @@ def test_search_and_derive_take_a_budget(tmp_path, monkeypatch, capsys) -> None:
         "data.input_wh=[32,32]",
         "model.channel_factor=2",
         "search.epochs=1",
+        "search.worth_persons=8",
         "search.log_every=1",
         "search.sparsity_start=0",
     ]

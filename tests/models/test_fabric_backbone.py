@@ -234,6 +234,7 @@ def test_search_derive_and_eval(tmp_path: Path, monkeypatch) -> None:
         "model.frozen_stem=false",
         "model.channel_factor=2",
         "search.epochs=2",
+        "search.worth_persons=8",
         "search.batch_size=4",
         "search.precision=fp32",
         "search.architecture_learning_rate=0.3",

@@ -77,7 +77,7 @@ def test_rounds_lie_between_the_start_and_the_last_decision() -> None:
 
 
 def test_what_the_loss_misses_least_goes_from_each_edge() -> None:
-    network = make_supernet(shared_alpha=False, seed=2).train()
+    network = make_supernet(shared_alpha=False, seed=2, first_layer=4).train()
     expected = rises(network)
     own = strategy(rounds=1, operations_left=1)
     record = decide(own, network, 0.5)
@@ -92,7 +92,7 @@ def test_what_the_loss_misses_least_goes_from_each_edge() -> None:
 
 
 def test_the_least_loss_for_its_cost_goes_first_under_a_budget() -> None:
-    network = make_supernet(shared_alpha=False, seed=2).train()
+    network = make_supernet(shared_alpha=False, seed=2, first_layer=4).train()
     whole, expected = macs(network), rises(network)
     ratios = {}
     for (choice, option), rise in expected.items():
