@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +22,7 @@ from posefabric.models.kernels import (
     SUFFIX,
     address,
     channels_last,
+    computed_in,
     kernel,
     load_kernels,
     rows_of,
@@ -31,14 +34,18 @@ NONE, RELU, RELU6 = 0, 1, 2
 
 
 def takes(x: Tensor) -> bool:
-    """Whether the kernels can take part in a training step on ``x``: else PyTorch computes."""
+    """Whether the kernels can take part in a training step on ``x``: else PyTorch computes.
+
+    Under autocast it is maps in bfloat16 that they take, elsewhere those in float32 and float64.
+    """
+    autocast = torch.is_autocast_enabled("cpu")
     return (
         x.device.type == "cpu"
         and x.dtype in SUFFIX
+        and (x.dtype == torch.bfloat16) == autocast
         and x.ndim == 4
         and x.numel() > 0
         and torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and load_kernels().library is not None
     )
@@ -74,7 +81,7 @@ def takes_norm(norm: nn.Module, x: Tensor) -> bool:
         and norm.training
         and norm.momentum is not None
         and norm.running_mean is not None
-        and norm.running_mean.dtype == x.dtype
+        and norm.running_mean.dtype == computed_in(x.dtype)
         and norm.num_features == x.shape[1]
         and (_Norms.add_up is not None or x.numel() // x.shape[1] > 1)
     )
@@ -116,6 +123,11 @@ def weighted_sum(terms: Sequence[Term], *, relu: bool = False) -> Tensor:
     if any(term.x.shape != shape for term in terms):
         shapes = ", ".join(str(tuple(term.x.shape)) for term in terms)
         raise PosefabricError(f"maps of a sum: expected one shape, got {shapes}")
+    kinds = {term.x.dtype for term in terms}
+    if len(kinds) > 1:
+        # As the plain sum of maps in bfloat16 and float32.
+        widest = functools.reduce(torch.promote_types, kinds)
+        terms = [dataclasses.replace(term, x=term.x.to(widest)) for term in terms]
     tensors: list[Tensor | None] = []
     for term in terms:
         scalar = term.weight if isinstance(term.weight, Tensor) else None
@@ -268,7 +280,7 @@ def _normalise(
         raise one_value(maps[0].shape)
     for (x, norm, into), place in zip(normed, places, strict=True):
         origin = address(x) if add_up is None else None
-        into.stats = x.new_empty(4, channels)
+        into.stats = x.new_empty(4, channels, dtype=computed_in(x.dtype))
         if norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)
         kernel("norm_factors", x.dtype)(

@@ -103,7 +103,7 @@ def _empty(x: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (B, C, H, W) by weight (D, C, 1, 1): a matrix product over pixels."""
+    """x (B, C, H, W) by weight (D, C, 1, 1): a matrix product over pixels, in x's precision."""
     return _Pointwise.apply(channels_last(x), weight, bias)  # type: ignore[return-value]
 
 
@@ -111,13 +111,13 @@ class _Pointwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        matrix = weight.flatten(1).t()
+        matrix = weight.flatten(1).t().to(x.dtype)
         # Not a view of the product: whoever comes next may write into it.
         out = _empty(x, (x.shape[0], weight.shape[0], *x.shape[2:]))
         if bias is None:
             torch.mm(_pixels(x), matrix, out=_pixels(out))
         else:
-            torch.addmm(bias, _pixels(x), matrix, out=_pixels(out))
+            torch.addmm(bias.to(x.dtype), _pixels(x), matrix, out=_pixels(out))
         return out
 
     @staticmethod
@@ -127,11 +127,11 @@ class _Pointwise(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         dx = dweight = dbias = None
         if ctx.needs_input_grad[0]:
-            dx = _image(slopes @ weight.flatten(1), x)
+            dx = _image(slopes @ weight.flatten(1).to(x.dtype), x)
         if ctx.needs_input_grad[1]:
-            dweight = (slopes.t() @ _pixels(x)).view(weight.shape)
+            dweight = (slopes.t() @ _pixels(x)).view(weight.shape).to(weight.dtype)
         if ctx.needs_input_grad[2]:
-            dbias = slopes.sum(0)
+            dbias = slopes.sum(0, dtype=weight.dtype)
         return dx, dweight, dbias
 
 

@@ -2,7 +2,7 @@
 
 :func:`fast_path` gives modules a subclass whose training step on a CPU runs on the kernels of
 ``fused.py``. Names, weights and results stay; without gradients, in evaluation, on other devices
-and in half precision the plain forward runs. What is grouped is what shares its maps: the norm,
+and in fp16 the plain forward runs. What is grouped is what shares its maps: the norm,
 the ReLU, the product with alpha or beta and the sum over all candidates of an edge, or over all
 sources of a cell, are one computation.
 """
@@ -27,7 +27,7 @@ from posefabric.models.fused import (
     weighted_sum,
 )
 from posefabric.models.fused_convolutions import Window, depthwise, pointwise
-from posefabric.models.kernels import load_kernels
+from posefabric.models.kernels import computed_in, load_kernels
 from posefabric.models.posenfs_backbones import Bottleneck, ResNet
 from posefabric.models.recomputing import recomputing
 from posefabric.models.timm_import import import_timm
@@ -123,10 +123,8 @@ class FastResNet(Fast):
 
     def entry(self, images: Tensor) -> Tensor:
         network: Any = self
-        if not takes(images):
-            plain: Any = super()
-            return plain.entry(images)
-        x = _normed_relu(network.bn1, network.conv1(images))
+        x = network.conv1(images)
+        x = _normed_relu(network.bn1, x) if takes(x) else functional.relu(network.bn1(x))
         return recomputing(lambda x: functional.max_pool2d(x, 3, stride=2, padding=1), x)
 
 
@@ -286,7 +284,7 @@ def _fits(conv: Any, x: Tensor) -> bool:
         conv.training
         and x.ndim == 4
         and x.shape[1] == conv.in_channels
-        and x.dtype == conv.weight.dtype
+        and computed_in(x.dtype) == conv.weight.dtype
         and takes(x)
     )
 
@@ -297,9 +295,14 @@ def _is_pointwise(conv: nn.Conv2d) -> bool:
 
 
 def _pays_as_product(conv: Any, x: Tensor) -> bool:
-    """Wide convolutions of large maps are faster as PyTorch has them (docs/performance.md)."""
-    narrow = max(conv.in_channels, conv.out_channels) <= 128
-    return narrow or x.numel() // x.shape[1] <= 4096
+    """Wide convolutions of large maps are faster as PyTorch has them (docs/performance.md).
+
+    So are all but those of the smallest maps in bfloat16.
+    """
+    pixels = x.numel() // x.shape[1]
+    if x.dtype == torch.bfloat16:
+        return pixels <= 512
+    return max(conv.in_channels, conv.out_channels) <= 128 or pixels <= 4096
 
 
 def _is_known_depthwise(conv: nn.Conv2d) -> bool:

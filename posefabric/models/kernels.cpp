@@ -1,23 +1,31 @@
 // The fast path's CPU kernels: depthwise convolutions, and sums of weighted, normalised maps.
 //
 // Maps are (N, H, W, C) in memory. Everything exists in float and in double, so that a test in
-// double proves the code that trains in float. Work is cut into the same pieces whatever the
+// double proves the code that trains in float, and with maps in bfloat16 that are computed with in
+// float: M is what a map is stored in, R what is computed in and what weights and sums are. Work is cut into the same pieces whatever the
 // number of threads, and sums are formed in one order: results do not depend on it.
 
 #include <omp.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
 typedef long long Int;
 
-template <class R> struct Lanes;
-template <> struct Lanes<float> {
-  typedef float type __attribute__((vector_size(32)));
-};
-template <> struct Lanes<double> {
-  typedef double type __attribute__((vector_size(32)));
+// Vectors of channels: of 32 bytes, and wide ones where the processor has them.
+#ifdef __AVX512F__
+#define WIDE 64
+#else
+#define WIDE 32
+#endif
+template <class R> struct Lanes {
+  typedef R type __attribute__((vector_size(32)));
+  typedef R wide __attribute__((vector_size(WIDE)));
 };
 
 // Through memcpy, because a template's argument loses the alignment its typedef had.
@@ -30,6 +38,54 @@ template <class V, class R> static inline void store(R* p, V v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
+// The upper half of a float.
+struct Bf16 {
+  unsigned short bits;
+};
+template <int SIZE> struct Words {
+  typedef unsigned int type __attribute__((vector_size(SIZE)));
+  typedef unsigned short halves __attribute__((vector_size(SIZE / 2)));
+};
+
+template <class V> static inline V load(const Bf16* p) {
+  V found;
+  if constexpr (sizeof(V) == sizeof(float)) {
+    const unsigned int word = (unsigned int)p->bits << 16;
+    __builtin_memcpy(&found, &word, sizeof found);
+  } else {
+    typename Words<sizeof(V)>::halves halves;
+    __builtin_memcpy(&halves, p, sizeof halves);
+    const auto words = __builtin_convertvector(halves, typename Words<sizeof(V)>::type) << 16;
+    __builtin_memcpy(&found, &words, sizeof found);
+  }
+  return found;
+}
+
+// To the nearest, the even one of two; what is not a number stays none.
+template <class V> static inline void store(Bf16* p, V v) {
+  if constexpr (sizeof(V) == sizeof(float)) {
+    unsigned int word;
+    __builtin_memcpy(&word, &v, sizeof word);
+    p->bits = v != v ? 0x7fc0 : (word + 0x7fff + (word >> 16 & 1)) >> 16;
+#if defined(__AVX512BF16__) && defined(__AVX512VL__)
+  } else if constexpr (sizeof(V) == 64) {
+    const __m256bh halves = _mm512_cvtneps_pbh((__m512)v);
+    __builtin_memcpy(p, &halves, sizeof halves);
+  } else if constexpr (sizeof(V) == 32) {
+    const __m128bh halves = _mm256_cvtneps_pbh((__m256)v);
+    __builtin_memcpy(p, &halves, sizeof halves);
+#endif
+  } else {
+    typedef typename Words<sizeof(V)>::type W;
+    W words, none = (W)(v != v);
+    __builtin_memcpy(&words, &v, sizeof words);
+    words = (words + 0x7fff + (words >> 16 & 1)) >> 16;
+    words = (words & ~none) | (none & 0x7fc0);
+    const auto halves = __builtin_convertvector(words, typename Words<sizeof(V)>::halves);
+    __builtin_memcpy(p, &halves, sizeof halves);
+  }
+}
+
 // Sums of U vectors of channels, on in double.
 template <class R, class V, int U> static inline void add_lanes(const V* found, double* sums) {
   const Int lanes = sizeof(V) / sizeof(R);
@@ -40,14 +96,27 @@ template <class R, class V, int U> static inline void add_lanes(const V* found, 
   }
 }
 
-// Calls f.run<V, U>(c) for channel blocks of U vectors, of one vector, of one channel.
+// Calls f.run<V, U>(c) for channel blocks of U wide vectors, of two and one, of one channel.
 template <class R, int U, class F> static inline void channel_blocks(Int from, Int to, F& f) {
   typedef typename Lanes<R>::type V;
-  const Int lanes = sizeof(V) / sizeof(R);
+  typedef typename Lanes<R>::wide W;
+  const Int lanes = sizeof(V) / sizeof(R), wide = sizeof(W) / sizeof(R);
   Int c = from;
-  for (; c + U * lanes <= to; c += U * lanes) f.template run<V, U>(c);
+  for (; c + U * wide <= to; c += U * wide) f.template run<W, U>(c);
+  if (U > 2)
+    for (; c + 2 * wide <= to; c += 2 * wide) f.template run<W, 2>(c);
+  for (; c + wide <= to; c += wide) f.template run<W, 1>(c);
   for (; c + lanes <= to; c += lanes) f.template run<V, 1>(c);
   for (; c < to; ++c) f.template run<R, 1>(c);
+}
+
+// Maps to what is computed in, and back.
+template <class M, class R> static inline void convert(const M* from, R* to, Int size) {
+  typedef typename Lanes<float>::wide V;
+  const Int lanes = sizeof(V) / sizeof(float);
+  Int i = 0;
+  for (; i + lanes <= size; i += lanes) store<V>(to + i, load<V>(from + i));
+  for (; i < size; ++i) store<float>(to + i, load<float>(from + i));
 }
 
 // ---- depthwise convolutions ----
@@ -73,9 +142,9 @@ static std::vector<std::vector<Tap>> taps_of(Int count, Int inputs, Int kernel, 
   return taps;
 }
 
-template <class R> struct Pixel {
+template <class R, class M> struct Pixel {
   const R *source, *weight;
-  R* target;
+  M* target;
   const std::vector<Tap>*rows, *columns;
   Int row_stride, channels, kernel;
 
@@ -96,25 +165,98 @@ template <class R> struct Pixel {
   }
 };
 
+// A row's pixels from `begin` to `end`, which have all K x K taps: the weights stay in registers.
+template <class R, class M, int K> struct Run {
+  const R *source, *weight;
+  M* target;
+  const std::vector<Tap>& rows;
+  const std::vector<std::vector<Tap>>& columns;
+  Int row_stride, channels, begin, end;
+
+  template <class V, int U> inline void run(Int first) {
+    const Int lanes = sizeof(V) / sizeof(R);
+    const std::vector<Tap>& taps = columns[begin];
+    const Int step =
+        end - begin > 1 ? (columns[begin + 1][0].place - taps[0].place) * channels : 0;
+    for (int u = 0; u < U; ++u) {
+      const Int c = first + u * lanes;
+      V w[K * K];
+      const R* line[K * K];
+      for (int i = 0; i < K; ++i)
+        for (int j = 0; j < K; ++j) {
+          w[i * K + j] = load<V>(weight + (rows[i].weight * K + taps[j].weight) * channels + c);
+          line[i * K + j] = source + rows[i].place * row_stride + taps[j].place * channels + c;
+        }
+      M* out = target + c;
+      for (Int x = 0; x < end - begin; ++x) {
+        V sum = load<V>(line[0] + x * step) * w[0];
+        for (int k = 1; k < K * K; ++k) sum += load<V>(line[k] + x * step) * w[k];
+        store<V>(out + x * channels, sum);
+      }
+    }
+  }
+};
+
 // source (batch, height, width, C), weight (kernel * kernel, C) to target (batch, out_height,
-// out_width, C).
-template <class R>
-static void depthwise(const R* source, const R* weight, R* target, Int batch, Int height, Int width,
+// out_width, C). Of maps in fewer digits the rows that a strip of the output reads are converted
+// first, once for all taps.
+template <class M, class R>
+static void depthwise(const M* source, const R* weight, M* target, Int batch, Int height, Int width,
                       Int out_height, Int out_width, Int channels, Int kernel, Int stride,
                       Int dilation, Int top, Int left, Int transposed) {
   auto rows = taps_of(out_height, height, kernel, stride, dilation, top, transposed);
   auto columns = taps_of(out_width, width, kernel, stride, dilation, left, transposed);
-#pragma omp parallel for collapse(2) schedule(static)
-  for (Int b = 0; b < batch; ++b)
-    for (Int y = 0; y < out_height; ++y) {
-      Pixel<R> pixel = {source + b * height * width * channels, weight, nullptr, &rows[y], nullptr,
-                        width * channels, channels, kernel};
-      for (Int x = 0; x < out_width; ++x) {
-        pixel.columns = &columns[x];
-        pixel.target = target + ((b * out_height + y) * out_width + x) * channels;
-        channel_blocks<R, 4>(0, channels, pixel);
+  const bool same = std::is_same<M, R>::value;
+  const Int strip = same ? 1 : 8, strips = (out_height + strip - 1) / strip;
+  const Int line = width * channels;
+  // Pixels of a row that have all taps.
+  Int inner = 0, after = 0;
+  while (inner < out_width && (Int)columns[inner].size() < kernel) ++inner;
+  for (after = inner; after < out_width && (Int)columns[after].size() == kernel;) ++after;
+#pragma omp parallel
+  {
+    std::vector<R> converted;
+#pragma omp for collapse(2) schedule(static)
+    for (Int b = 0; b < batch; ++b)
+      for (Int n = 0; n < strips; ++n) {
+        const Int end = std::min(out_height, (n + 1) * strip);
+        const M* image = source + b * height * line;
+        const R* read = reinterpret_cast<const R*>(image);
+        if (!same) {
+          Int first = height, last = 0;
+          for (Int y = n * strip; y < end; ++y)
+            for (const Tap& tap : rows[y]) {
+              first = std::min(first, tap.place);
+              last = std::max(last, tap.place + 1);
+            }
+          converted.resize(std::max<Int>(1, (last - first) * line));
+          if (last > first) convert(image + first * line, converted.data(), (last - first) * line);
+          read = converted.data() - first * line;
+        }
+        for (Int y = n * strip; y < end; ++y) {
+          M* out = target + (b * out_height + y) * out_width * channels;
+          const bool whole = inner < after && (Int)rows[y].size() == kernel;
+          if (whole && kernel == 3) {
+            Run<R, M, 3> run = {read, weight,   out + inner * channels, rows[y], columns,
+                                line, channels, inner,                  after};
+            channel_blocks<R, 1>(0, channels, run);
+          }
+          if (whole && kernel == 5) {
+            Run<R, M, 5> run = {read, weight,   out + inner * channels, rows[y], columns,
+                                line, channels, inner,                  after};
+            channel_blocks<R, 1>(0, channels, run);
+          }
+          const bool done = whole && (kernel == 3 || kernel == 5);
+          Pixel<R, M> pixel = {read, weight, nullptr, &rows[y], nullptr, line, channels, kernel};
+          for (Int x = 0; x < out_width; ++x) {
+            if (done && x >= inner && x < after) continue;
+            pixel.columns = &columns[x];
+            pixel.target = out + x * channels;
+            channel_blocks<R, 4>(0, channels, pixel);
+          }
+        }
       }
-    }
+  }
 }
 
 template <class R> struct WeightGradient {
@@ -167,22 +309,60 @@ template <class R> struct WeightGradient {
   }
 };
 
-// The gradient of the weight (kernel * kernel, C), from the input and the output's gradient.
-template <class R>
-static void depthwise_weight(const R* source, const R* slope, R* gradient, Int batch, Int height,
+// Some channels of an image, converted.
+template <class M, class R>
+static void take_channels(const M* image, R* to, Int pixels, Int channels, Int first, Int count) {
+  for (Int n = 0; n < pixels; ++n) convert(image + n * channels + first, to + n * count, count);
+}
+
+// The gradient of the weight (kernel * kernel, C), from the input and the output's gradient. Of maps
+// in fewer digits an image's block of channels is converted first, once for all taps.
+template <class M, class R>
+static void depthwise_weight(const M* source, const M* slope, R* gradient, Int batch, Int height,
                              Int width, Int out_height, Int out_width, Int channels, Int kernel,
                              Int stride, Int dilation, Int top, Int left) {
-  const Int pieces = std::min<Int>(batch, 4), block = 128, size = kernel * kernel * channels;
-  const Int blocks = (channels + block - 1) / block;
+  const bool same = std::is_same<M, R>::value;
+  const Int pieces = std::min<Int>(batch, 4), block = same ? 128 : 32;
+  const Int size = kernel * kernel * channels, blocks = (channels + block - 1) / block;
+  const Int area = height * width, out_area = out_height * out_width;
   std::vector<R> sums(pieces * size, R(0));
-#pragma omp parallel for collapse(2) schedule(static)
-  for (Int p = 0; p < pieces; ++p)
-    for (Int n = 0; n < blocks; ++n) {
-      WeightGradient<R> piece = {source, slope, sums.data() + p * size, batch * p / pieces,
-                                 batch * (p + 1) / pieces, height, width, out_height, out_width,
-                                 channels, kernel, stride, dilation, top, left};
-      channel_blocks<R, 4>(n * block, std::min(channels, (n + 1) * block), piece);
-    }
+#pragma omp parallel
+  {
+    std::vector<R> own_source, own_slope, own_sums;
+#pragma omp for collapse(2) schedule(static)
+    for (Int p = 0; p < pieces; ++p)
+      for (Int n = 0; n < blocks; ++n) {
+        const Int from = batch * p / pieces, to = batch * (p + 1) / pieces;
+        const Int first = n * block, count = std::min(channels - first, block);
+        WeightGradient<R> piece = {reinterpret_cast<const R*>(source),
+                                   reinterpret_cast<const R*>(slope), sums.data() + p * size, from,
+                                   to, height, width, out_height, out_width, channels, kernel,
+                                   stride, dilation, top, left};
+        if (same) {
+          channel_blocks<R, 4>(first, first + count, piece);
+          continue;
+        }
+        own_source.resize(area * count);
+        own_slope.resize(out_area * count);
+        own_sums.assign(kernel * kernel * count, R(0));
+        piece.source = own_source.data();
+        piece.slope = own_slope.data();
+        piece.sums = own_sums.data();
+        piece.from = 0;
+        piece.to = 1;
+        piece.channels = count;
+        for (Int b = from; b < to; ++b) {
+          take_channels(source + b * area * channels, own_source.data(), area, channels, first,
+                        count);
+          take_channels(slope + b * out_area * channels, own_slope.data(), out_area, channels, first,
+                        count);
+          channel_blocks<R, 4>(0, count, piece);
+        }
+        for (Int i = 0; i < kernel * kernel; ++i)
+          for (Int c = 0; c < count; ++c)
+            sums[p * size + i * channels + first + c] = own_sums[i * count + c];
+      }
+  }
   for (Int i = 0; i < size; ++i) {
     R sum = 0;
     for (Int p = 0; p < pieces; ++p) sum += sums[p * size + i];
@@ -212,8 +392,8 @@ template <int ACT, class V> static inline V where_active(V z, V g) {
   return z >= six ? V{} : passed;
 }
 
-template <class R> struct Moments {
-  const R *x, *shift;
+template <class M, class R> struct Moments {
+  const M *x, *shift;
   Int begin, end, channels;
   double *sum, *square;
 
@@ -238,8 +418,8 @@ template <class R> struct Moments {
 // Sums of x - x[0], x[0] being the first pixel's values, and of its square, two rows of C: these
 // round less than those of x. `about_zero` makes them those of x afterwards, in double, which
 // processes can add up.
-template <class R>
-static void moments(const R* x, Int rows, Int channels, Int about_zero, double* out) {
+template <class M, class R>
+static void moments(const M* x, Int rows, Int channels, Int about_zero, double* out) {
   const Int pieces = std::min(rows, PIECES);
   std::vector<double> sums(pieces * 2 * channels, 0.0);
 #pragma omp parallel for schedule(static)
@@ -247,7 +427,7 @@ static void moments(const R* x, Int rows, Int channels, Int about_zero, double* 
     const Int last = rows * (p + 1) / pieces;
     for (Int n = rows * p / pieces; n < last; n += BLOCK) {
       double* own = sums.data() + p * 2 * channels;
-      Moments<R> part = {x, x, n, std::min(n + BLOCK, last), channels, own, own + channels};
+      Moments<M, R> part = {x, x, n, std::min(n + BLOCK, last), channels, own, own + channels};
       channel_blocks<R, 2>(0, channels, part);
     }
   }
@@ -257,7 +437,7 @@ static void moments(const R* x, Int rows, Int channels, Int about_zero, double* 
       sum += sums[p * 2 * channels + c];
       square += sums[(p * 2 + 1) * channels + c];
     }
-    const double origin = about_zero ? x[c] : R(0);
+    const double origin = about_zero ? load<R>(x + c) : R(0);
     out[c] = rows * origin + sum;
     out[channels + c] = square + origin * (2 * sum + rows * origin);
   }
@@ -266,12 +446,12 @@ static void moments(const R* x, Int rows, Int channels, Int about_zero, double* 
 // Of the moments about `origin` (none: zero) of `rows` values a channel, which may be more than this
 // process has: mean, 1 / deviation, and the factor and summand of the norm, four rows of C. Moves
 // the running statistics, where there are any.
-template <class R>
-static void norm_factors(const double* sums, const R* origin, double rows, Int channels,
+template <class M, class R>
+static void norm_factors(const double* sums, const M* origin, double rows, Int channels,
                          const R* gamma, const R* beta, R* running_mean, R* running_var,
                          double momentum, double eps, R* out) {
   for (Int c = 0; c < channels; ++c) {
-    const double off = sums[c] / rows, mean = (origin ? origin[c] : R(0)) + off;
+    const double off = sums[c] / rows, mean = (origin ? load<R>(origin + c) : R(0)) + off;
     // A comparison that keeps what is not a number.
     double variance = sums[channels + c] / rows - off * off;
     if (variance < 0) variance = 0;
@@ -289,94 +469,129 @@ static void norm_factors(const double* sums, const R* origin, double rows, Int c
   }
 }
 
-template <class R, int ACT, bool NORMED, bool FIRST> struct Mix {
-  const R *x, *factor, *summand;
+template <class M, class R, class T, int ACT, bool NORMED, bool FIRST> struct Mix {
+  const M* x;
+  const R *factor, *summand;
   R weight;
-  R* out;
-  Int begin, end, channels;
+  T* sum;
+  Int pixels, channels;
   bool relu;
 
   template <class V, int U> inline void run(Int c) {
     const Int lanes = sizeof(V) / sizeof(R);
-    for (Int n = begin; n < end; ++n)
+    V f[U], s[U];
+    for (int u = 0; u < U && NORMED; ++u) {
+      f[u] = load<V>(factor + c + u * lanes);
+      s[u] = load<V>(summand + c + u * lanes);
+    }
+    for (Int n = 0; n < pixels; ++n)
       for (int u = 0; u < U; ++u) {
-        const Int at = n * channels + c + u * lanes, k = c + u * lanes;
+        const Int at = n * channels + c + u * lanes;
         V z = load<V>(x + at);
-        if (NORMED) z = z * load<V>(factor + k) + load<V>(summand + k);
+        if (NORMED) z = z * f[u] + s[u];
         z = activate<ACT>(z) * weight;
-        if (!FIRST) z += load<V>(out + at);
+        if (!FIRST) z += load<V>(sum + at);
         if (relu) z = activate<RELU>(z);
-        store<V>(out + at, z);
+        store<V>(sum + at, z);
       }
   }
 };
 
-template <class R, int ACT, bool NORMED>
-static void mix_rows(const R* x, const R* factor, const R* summand, R weight, R* out, Int begin,
-                     Int end, Int channels, bool first, bool relu) {
+template <class M, class R, class T, int ACT, bool NORMED>
+static void mix_pixels(const M* x, const R* factor, const R* summand, R weight, T* sum, Int pixels,
+                       Int channels, bool first, bool relu) {
   if (first) {
-    Mix<R, ACT, NORMED, true> mix = {x, factor, summand, weight, out, begin, end, channels, relu};
+    Mix<M, R, T, ACT, NORMED, true> mix = {x,   factor, summand,  weight,
+                                           sum, pixels, channels, relu};
     channel_blocks<R, 2>(0, channels, mix);
   } else {
-    Mix<R, ACT, NORMED, false> mix = {x, factor, summand, weight, out, begin, end, channels, relu};
+    Mix<M, R, T, ACT, NORMED, false> mix = {x,   factor, summand,  weight,
+                                            sum, pixels, channels, relu};
     channel_blocks<R, 2>(0, channels, mix);
   }
 }
 
-// out = sum over terms of weight * act(x * factor + summand), then perhaps a ReLU.
-template <class R>
-static void mix(Int terms, const R** x, const R** factor, const Int* act, const double* weight,
-                Int rows, Int channels, Int relu, R* out) {
+// The terms' sum at some pixels from `at` on.
+template <class M, class R, class T>
+static void mix_terms(Int terms, const M** x, const R** factor, const Int* act,
+                      const double* weight, T* sum, Int at, Int pixels, Int channels, bool relu) {
+  for (Int t = 0; t < terms; ++t) {
+    const M* map = x[t] + at;
+    const R* f = factor[t];
+    const R* s = f ? f + channels : nullptr;
+    const bool first = t == 0, last = relu && t == terms - 1;
+    const R w = weight[t];
+    if (!f)
+      mix_pixels<M, R, T, NONE, false>(map, f, s, w, sum, pixels, channels, first, last);
+    else if (act[t] == NONE)
+      mix_pixels<M, R, T, NONE, true>(map, f, s, w, sum, pixels, channels, first, last);
+    else if (act[t] == RELU)
+      mix_pixels<M, R, T, RELU, true>(map, f, s, w, sum, pixels, channels, first, last);
+    else
+      mix_pixels<M, R, T, RELU6, true>(map, f, s, w, sum, pixels, channels, first, last);
+  }
+}
+
+// out = sum over terms of weight * act(x * factor + summand), then perhaps a ReLU. A sum of several
+// grows in R.
+template <class M, class R>
+static void mix(Int terms, const M** x, const R** factor, const Int* act, const double* weight,
+                Int rows, Int channels, Int relu, M* out) {
   const Int step = std::max<Int>(1, 4096 / channels);
-#pragma omp parallel for schedule(static)
-  for (Int begin = 0; begin < rows; begin += step) {
-    const Int end = std::min(rows, begin + step);
-    for (Int t = 0; t < terms; ++t) {
-      const R* f = factor[t];
-      const R* s = f ? f + channels : nullptr;
-      const bool first = t == 0, last = relu && t == terms - 1;
-      const R w = weight[t];
-      if (!f)
-        mix_rows<R, NONE, false>(x[t], f, s, w, out, begin, end, channels, first, last);
-      else if (act[t] == NONE)
-        mix_rows<R, NONE, true>(x[t], f, s, w, out, begin, end, channels, first, last);
-      else if (act[t] == RELU)
-        mix_rows<R, RELU, true>(x[t], f, s, w, out, begin, end, channels, first, last);
-      else
-        mix_rows<R, RELU6, true>(x[t], f, s, w, out, begin, end, channels, first, last);
+#pragma omp parallel
+  {
+    std::vector<R> beside(std::is_same<M, R>::value || terms == 1 ? 0 : step * channels);
+#pragma omp for schedule(static)
+    for (Int begin = 0; begin < rows; begin += step) {
+      const Int pixels = std::min(rows, begin + step) - begin, at = begin * channels;
+      if (beside.empty()) {
+        mix_terms(terms, x, factor, act, weight, out + at, at, pixels, channels, relu);
+      } else {
+        mix_terms(terms, x, factor, act, weight, beside.data(), at, pixels, channels, relu);
+        convert(beside.data(), out + at, pixels * channels);
+      }
     }
   }
 }
 
 // One term's slopes: g where the sum's ReLU and the term's own let it pass.
-template <class R, int ACT, bool NORMED> struct Slopes {
-  const R *x, *g, *sum, *stats;  // stats: mean, 1 / deviation, factor, summand
+template <class M, class R, int ACT, bool NORMED> struct Slopes {
+  const M *x, *g, *sum;
+  const R* stats;  // mean, 1 / deviation, factor, summand
   Int channels;
 
-  template <class V> inline V slope(Int at, Int k, V value) const {
+  template <class V> inline V slope(Int at, V value, V factor, V summand) const {
     V passed = load<V>(g + at);
     if (sum) passed = where_active<RELU>(load<V>(sum + at), passed);
-    if (!NORMED) return passed;
-    V z = value * load<V>(stats + 2 * channels + k) + load<V>(stats + 3 * channels + k);
-    return where_active<ACT>(z, passed);
+    return NORMED ? where_active<ACT>(value * factor + summand, passed) : passed;
+  }
+
+  template <class V> inline V stat(Int row, Int k) const {
+    return NORMED ? load<V>(stats + row * channels + k) : V{};
   }
 };
 
-template <class R, int ACT, bool NORMED> struct Reduce {
-  Slopes<R, ACT, NORMED> slopes;
+template <class M, class R, int ACT, bool NORMED> struct Reduce {
+  Slopes<M, R, ACT, NORMED> slopes;
   Int begin, end;
   double *sum, *product;
 
   template <class V, int U> inline void run(Int c) {
     const Int lanes = sizeof(V) / sizeof(R);
-    V s[U], q[U];
-    for (int u = 0; u < U; ++u) s[u] = q[u] = V{};
+    V s[U], q[U], mean[U], factor[U], summand[U];
+    for (int u = 0; u < U; ++u) {
+      s[u] = q[u] = V{};
+      const Int k = c + u * lanes;
+      mean[u] = slopes.template stat<V>(0, k);
+      factor[u] = slopes.template stat<V>(2, k);
+      summand[u] = slopes.template stat<V>(3, k);
+    }
     for (Int n = begin; n < end; ++n)
       for (int u = 0; u < U; ++u) {
-        const Int k = c + u * lanes, at = n * slopes.channels + k;
+        const Int at = n * slopes.channels + c + u * lanes;
         V value = load<V>(slopes.x + at);
-        V g = slopes.slope(at, k, value);
-        if (NORMED) value -= load<V>(slopes.stats + k);
+        V g = slopes.slope(at, value, factor[u], summand[u]);
+        if (NORMED) value -= mean[u];
         s[u] += g;
         q[u] += g * value;
       }
@@ -385,21 +600,30 @@ template <class R, int ACT, bool NORMED> struct Reduce {
   }
 };
 
-template <class R, int ACT, bool NORMED> struct Apply {
-  Slopes<R, ACT, NORMED> slopes;
+template <class M, class R, int ACT, bool NORMED> struct Apply {
+  Slopes<M, R, ACT, NORMED> slopes;
   Int begin, end;
   const R *direct, *linear, *constant;
-  R* out;
+  M* out;
 
   template <class V, int U> inline void run(Int c) {
     const Int lanes = sizeof(V) / sizeof(R);
+    V mean[U], factor[U], summand[U], by_slope[U], by_value[U], rest[U];
+    for (int u = 0; u < U; ++u) {
+      const Int k = c + u * lanes;
+      mean[u] = slopes.template stat<V>(0, k);
+      factor[u] = slopes.template stat<V>(2, k);
+      summand[u] = slopes.template stat<V>(3, k);
+      by_slope[u] = load<V>(direct + k);
+      by_value[u] = NORMED ? load<V>(linear + k) : V{};
+      rest[u] = NORMED ? load<V>(constant + k) : V{};
+    }
     for (Int n = begin; n < end; ++n)
       for (int u = 0; u < U; ++u) {
-        const Int k = c + u * lanes, at = n * slopes.channels + k;
+        const Int at = n * slopes.channels + c + u * lanes;
         V value = NORMED ? load<V>(slopes.x + at) : V{};
-        V found = slopes.slope(at, k, value) * load<V>(direct + k);
-        if (NORMED)
-          found += (value - load<V>(slopes.stats + k)) * load<V>(linear + k) + load<V>(constant + k);
+        V found = slopes.slope(at, value, factor[u], summand[u]) * by_slope[u];
+        if (NORMED) found += (value - mean[u]) * by_value[u] + rest[u];
         store<V>(out + at, found);
       }
   }
@@ -410,8 +634,8 @@ template <class R, int ACT, bool NORMED> struct Apply {
 
 // Sums of the slopes, and of their products with x (less its mean, of a norm), two rows of C. What
 // comes back is the gradient of the weight.
-template <class R, int ACT, bool NORMED>
-static double term_sums(const Slopes<R, ACT, NORMED>& slopes, const R* gamma, const R* beta,
+template <class M, class R, int ACT, bool NORMED>
+static double term_sums(const Slopes<M, R, ACT, NORMED>& slopes, const R* gamma, const R* beta,
                         double weight, Int rows, double* total, R* dgamma, R* dbeta) {
   const Int channels = slopes.channels, pieces = std::min(rows, PIECES);
   std::vector<double> sums(pieces * 2 * channels, 0.0);
@@ -420,7 +644,7 @@ static double term_sums(const Slopes<R, ACT, NORMED>& slopes, const R* gamma, co
     const Int last = rows * (p + 1) / pieces;
     double* own = sums.data() + p * 2 * channels;
     for (Int n = rows * p / pieces; n < last; n += BLOCK) {
-      Reduce<R, ACT, NORMED> part = {slopes, n, std::min(n + BLOCK, last), own, own + channels};
+      Reduce<M, R, ACT, NORMED> part = {slopes, n, std::min(n + BLOCK, last), own, own + channels};
       channel_blocks<R, 2>(0, channels, part);
     }
   }
@@ -443,9 +667,9 @@ static double term_sums(const Slopes<R, ACT, NORMED>& slopes, const R* gamma, co
 }
 
 // The gradient of the input; `total` is of `all_rows` values a channel, of which `rows` are here.
-template <class R, int ACT, bool NORMED>
-static void term_input(const Slopes<R, ACT, NORMED>& slopes, const R* gamma, double weight,
-                       Int rows, const double* total, double all_rows, R* dx) {
+template <class M, class R, int ACT, bool NORMED>
+static void term_input(const Slopes<M, R, ACT, NORMED>& slopes, const R* gamma, double weight,
+                       Int rows, const double* total, double all_rows, M* dx) {
   const Int channels = slopes.channels, step = std::max<Int>(1, 4096 / channels);
   std::vector<R> factors(3 * channels);
   for (Int c = 0; c < channels; ++c) {
@@ -461,7 +685,7 @@ static void term_input(const Slopes<R, ACT, NORMED>& slopes, const R* gamma, dou
   }
 #pragma omp parallel for schedule(static)
   for (Int n = 0; n < rows; n += step) {
-    Apply<R, ACT, NORMED> part = {slopes,         n, std::min(rows, n + step),
+    Apply<M, R, ACT, NORMED> part = {slopes,         n, std::min(rows, n + step),
                                   factors.data(), factors.data() + channels,
                                   factors.data() + 2 * channels, dx};
     channel_blocks<R, 2>(0, channels, part);
@@ -469,55 +693,56 @@ static void term_input(const Slopes<R, ACT, NORMED>& slopes, const R* gamma, dou
 }
 
 // Calls f(slopes) for the term's activation, and whether it has a norm.
-template <class R, class F>
-static auto with_slopes(const R* x, const R* g, const R* sum, const R* stats, Int act, Int channels,
+template <class M, class R, class F>
+static auto with_slopes(const M* x, const M* g, const M* sum, const R* stats, Int act, Int channels,
                         F f) {
-  if (!stats) return f(Slopes<R, NONE, false>{x, g, sum, stats, channels});
-  if (act == NONE) return f(Slopes<R, NONE, true>{x, g, sum, stats, channels});
-  if (act == RELU) return f(Slopes<R, RELU, true>{x, g, sum, stats, channels});
-  return f(Slopes<R, RELU6, true>{x, g, sum, stats, channels});
+  if (!stats) return f(Slopes<M, R, NONE, false>{x, g, sum, stats, channels});
+  if (act == NONE) return f(Slopes<M, R, NONE, true>{x, g, sum, stats, channels});
+  if (act == RELU) return f(Slopes<M, R, RELU, true>{x, g, sum, stats, channels});
+  return f(Slopes<M, R, RELU6, true>{x, g, sum, stats, channels});
 }
 
 // Of the OpenMP that these kernels use, of which torch may have another copy.
 extern "C" void use_threads(Int count) { omp_set_num_threads(count); }
 extern "C" Int threads() { return omp_get_max_threads(); }
 
-#define EXPORT(R, S)                                                                              \
-  extern "C" void depthwise_##S(const R* x, const R* w, R* y, Int b, Int h, Int wd, Int oh,       \
+#define EXPORT(M, R, S)                                                                           \
+  extern "C" void depthwise_##S(const M* x, const R* w, M* y, Int b, Int h, Int wd, Int oh,       \
                                 Int ow, Int c, Int k, Int s, Int d, Int t, Int l, Int tr) {       \
-    depthwise<R>(x, w, y, b, h, wd, oh, ow, c, k, s, d, t, l, tr);                                \
+    depthwise<M, R>(x, w, y, b, h, wd, oh, ow, c, k, s, d, t, l, tr);                             \
   }                                                                                               \
-  extern "C" void depthwise_weight_##S(const R* x, const R* g, R* dw, Int b, Int h, Int wd,       \
+  extern "C" void depthwise_weight_##S(const M* x, const M* g, R* dw, Int b, Int h, Int wd,       \
                                        Int oh, Int ow, Int c, Int k, Int s, Int d, Int t,         \
                                        Int l) {                                                   \
-    depthwise_weight<R>(x, g, dw, b, h, wd, oh, ow, c, k, s, d, t, l);                            \
+    depthwise_weight<M, R>(x, g, dw, b, h, wd, oh, ow, c, k, s, d, t, l);                         \
   }                                                                                               \
-  extern "C" void moments_##S(const R* x, Int n, Int c, Int about_zero, double* out) {            \
-    moments<R>(x, n, c, about_zero, out);                                                         \
+  extern "C" void moments_##S(const M* x, Int n, Int c, Int about_zero, double* out) {            \
+    moments<M, R>(x, n, c, about_zero, out);                                                      \
   }                                                                                               \
-  extern "C" void norm_factors_##S(const double* sums, const R* origin, double n, Int c,          \
+  extern "C" void norm_factors_##S(const double* sums, const M* origin, double n, Int c,          \
                                    const R* gamma, const R* beta, R* rm, R* rv, double momentum,  \
                                    double eps, R* out) {                                          \
-    norm_factors<R>(sums, origin, n, c, gamma, beta, rm, rv, momentum, eps, out);                 \
+    norm_factors<M, R>(sums, origin, n, c, gamma, beta, rm, rv, momentum, eps, out);              \
   }                                                                                               \
-  extern "C" void mix_##S(Int terms, const R** x, const R** f, const Int* act, const double* w,   \
-                          Int n, Int c, Int relu, R* out) {                                       \
-    mix<R>(terms, x, f, act, w, n, c, relu, out);                                                 \
+  extern "C" void mix_##S(Int terms, const M** x, const R** f, const Int* act, const double* w,   \
+                          Int n, Int c, Int relu, M* out) {                                       \
+    mix<M, R>(terms, x, f, act, w, n, c, relu, out);                                              \
   }                                                                                               \
-  extern "C" double term_sums_##S(const R* x, const R* g, const R* sum, const R* stats, Int act,  \
+  extern "C" double term_sums_##S(const M* x, const M* g, const M* sum, const R* stats, Int act,  \
                                   Int n, Int c, const R* gamma, const R* beta, double w,          \
                                   double* total, R* dgamma, R* dbeta) {                           \
     return with_slopes(x, g, sum, stats, act, c, [=](const auto& slopes) {                        \
       return term_sums(slopes, gamma, beta, w, n, total, dgamma, dbeta);                          \
     });                                                                                           \
   }                                                                                               \
-  extern "C" void term_input_##S(const R* x, const R* g, const R* sum, const R* stats, Int act,   \
+  extern "C" void term_input_##S(const M* x, const M* g, const M* sum, const R* stats, Int act,   \
                                  Int n, Int c, const R* gamma, double w, const double* total,     \
-                                 double all_rows, R* dx) {                                        \
+                                 double all_rows, M* dx) {                                        \
     with_slopes(x, g, sum, stats, act, c, [=](const auto& slopes) {                               \
       term_input(slopes, gamma, w, n, total, all_rows, dx);                                       \
     });                                                                                           \
   }
 
-EXPORT(float, f32)
-EXPORT(double, f64)
+EXPORT(float, float, f32)
+EXPORT(double, double, f64)
+EXPORT(Bf16, float, bf16)

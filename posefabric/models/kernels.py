@@ -21,7 +21,7 @@ NATIVE = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-mar
 OPTIONS = ("-O3", "-fopenmp", "-fno-math-errno", NATIVE)
 
 _P, _I, _D = ctypes.c_void_p, ctypes.c_longlong, ctypes.c_double
-SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
+SUFFIX = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
 SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "depthwise": ([_P] * 3 + [_I] * 12, None),
     "depthwise_weight": ([_P] * 3 + [_I] * 11, None),
@@ -69,6 +69,11 @@ def kernel(name: str, dtype: torch.dtype) -> Callable[..., Any]:
     library: Any = load_kernels().library
     library.use_threads(torch.get_num_threads())
     return getattr(library, f"{name}_{SUFFIX[dtype]}")
+
+
+def computed_in(maps: torch.dtype) -> torch.dtype:
+    """What a kernel computes in, and its weights and statistics are, for maps of this kind."""
+    return torch.float32 if maps == torch.bfloat16 else maps
 
 
 def address(tensor: Tensor | None) -> int | None:

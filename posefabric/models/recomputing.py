@@ -21,7 +21,12 @@ class Recipe:
 
 
 def give_recipe(result: Tensor, again: Callable[[], Tensor]) -> None:
-    """Say how to compute ``result`` again, to the layers that would keep it."""
+    """Say how to compute ``result`` again, to the layers that would keep it.
+
+    A map in bfloat16 is half as large, and is kept.
+    """
+    if result.dtype == torch.bfloat16:
+        return
     result.recipe = Recipe(again, result._version)  # type: ignore[attr-defined]
 
 

@@ -137,7 +137,12 @@ def test_what_cannot_be_grouped_is_said(crowd: PersonDataset) -> None:
 
 
 def test_a_search_keeps_the_parts_it_learned(tmp_path: Path, monkeypatch, capsys) -> None:
-    options = ["data.format=synthetic", "data.synthetic_train=60", "data.synthetic_val=4", "search.worth_persons=8"]
+    options = [
+        "data.format=synthetic",
+        "data.synthetic_train=60",
+        "data.synthetic_val=4",
+        "search.worth_persons=8",
+    ]
     out = tmp_path / "parts"
     assert command(monkeypatch, "data", "parts", "demo", *options, "--count=3", "--out", out) == 0
     record = json.loads((out / "parts.json").read_text())
