@@ -7,17 +7,20 @@ import functools
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 
+import torch
+
 from posefabric.bench.context import Bench, Place
 from posefabric.bench.fresh import Fresh
 from posefabric.bench.released import BASELINE
 from posefabric.bench.rows import Line, Missing, Row, speed_row
 from posefabric.bench.subjects import Subject
 from posefabric.bench.timing import Rounds, interleaved, ratio_of
-from posefabric.bench.training import on_path, own_steps, yardstick_steps
+from posefabric.bench.training import in_fp32, on_path, own_steps, yardstick_steps
 from posefabric.config import Config
 from posefabric.structures import PosefabricError
+from posefabric.train.precision import resolve_precision
 
-PLAIN = "plain_path"
+PLAIN, FP32 = "plain_path", "fp32"
 StepArm = tuple[Callable[..., None], Config]
 # Moments of the optimiser are there from the second step on.
 PEAK_STEPS = 3
@@ -58,23 +61,28 @@ def search_step(bench: Bench) -> Iterator[Line]:
 
 
 def _step_rows(bench: Bench, subject: Subject, place: Place) -> Iterator[Row]:
-    """The default and, where that is another, the plain path; in the same rounds."""
-    batch = subject.images(quick=bench.quick)
+    """The default and, where those are others, the plain path and fp32; in the same rounds."""
+    batch, device = subject.images(quick=bench.quick), place.device
     plan = bench.within(bench.effort.steps)
+    config = subject.config()
+    precision = resolve_precision(config.search.precision, torch.device(device))
     arms = against_yardstick(subject)
-    names = {"ours": place.name}
-    if place.device == "cpu":
-        arms[PLAIN] = (own_steps, on_path(subject.config(), "plain"))
-        names[PLAIN] = f"{place.name}.{PLAIN}"
-    took = step_rounds(arms, batch=batch, device=place.device, plan=plan)
-    for arm, name in names.items():
+    rows = {"ours": (place.name, precision)}
+    if device == "cpu":
+        arms[PLAIN] = (own_steps, on_path(config, "plain"))
+        rows[PLAIN] = (f"{place.name}.{PLAIN}", precision)
+    if precision != FP32:
+        arms[FP32] = (own_steps, in_fp32(config))
+        rows[FP32] = (f"{place.name}.{FP32}", FP32)
+    took = step_rounds(arms, batch=batch, device=device, plan=plan)
+    for arm, (name, used) in rows.items():
         yield speed_row(
             name,
             ours=took[arm],
             theirs=took["theirs"],
             count=batch,
             baseline=BASELINE,
-            conditions={"batch": batch, "device": place.device},
+            conditions={"batch": batch, "device": device, "precision": used},
         )
 
 

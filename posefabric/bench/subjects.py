@@ -14,11 +14,13 @@ _ALWAYS = (
     "data.workers=0",
     "search.strategy=synchronous",
     "search.epochs=1e9",
+    "search.precision=auto",
     "search.checkpoint_every=1000000000",
     "search.evaluate_every=0",
     "search.architecture_start=0",
     "search.sparsity_start=0",
     "finetune.epochs=1e9",
+    "finetune.precision=auto",
     "finetune.checkpoint_every=1000000000",
     "finetune.evaluate_every=0",
 )

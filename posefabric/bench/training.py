@@ -135,6 +135,12 @@ def on_path(config: Config, path: str) -> Config:
     return config.model_copy(update={"model": model})
 
 
+def in_fp32(config: Config) -> Config:
+    """The same search in fp32, whatever the device can do."""
+    search = config.search.model_copy(update={"precision": "fp32"})
+    return config.model_copy(update={"search": search})
+
+
 def training_batch(config: Config, batch: int, device: torch.device) -> PoseBatch:
     """The first batch of synthetic people, prepared as a training prepares it."""
     data = TrainingData.open(

@@ -157,7 +157,11 @@ class _WeightedSum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         *tensors, out = ctx.saved_tensors
-        steps = _Backward(channels_last(gradient), out, ctx.values)
+        gradient = channels_last(gradient)
+        if out is not None and len(ctx.kept) > 1:
+            # Once for all terms.
+            gradient, out = _through_relu(gradient, out), None
+        steps = _Backward(gradient, out, ctx.values)
         terms = [
             _KeptTerm(
                 kept, *tensors[4 * i : 4 * i + 4], *ctx.needs_input_grad[2 + 4 * i : 6 + 4 * i]
@@ -231,6 +235,8 @@ class _Backward:
         """The map's gradient, by the sums over all values of its norm."""
         if not term.wants_x:
             return None
+        if term.kept.stats is None and term.kept.weight == 1.0 and self.out is None:
+            return self.gradient
         dx = torch.empty_like(term.x, memory_format=torch.channels_last)
         kernel("term_input", term.x.dtype)(
             *self._slopes(term),
@@ -245,6 +251,25 @@ class _Backward:
     def _slopes(self, term: _KeptTerm) -> tuple[Any, ...]:
         maps = (term.x, self.gradient, self.out, term.kept.stats)
         return *map(address, maps), term.kept.act, *rows_of(term.x)
+
+
+def _through_relu(gradient: Tensor, out: Tensor) -> Tensor:
+    """The gradient where the ReLU's output is not zero."""
+    passed = torch.empty_like(gradient, memory_format=torch.channels_last)
+    kernel("term_input", gradient.dtype)(
+        address(gradient),
+        address(gradient),
+        address(out),
+        None,
+        NONE,
+        *rows_of(gradient),
+        None,
+        1.0,
+        None,
+        1.0,
+        address(passed),
+    )
+    return passed
 
 
 def _normalise(
