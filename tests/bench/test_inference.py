@@ -27,6 +27,7 @@ from posefabric.bench.inference import (
 from posefabric.bench.shipping import exported, random_compact, shipped_rounds
 from posefabric.evaluate.oks import METRICS, oks_evaluate
 from posefabric.structures import PosefabricError
+from posefabric.train.precision import resolve_precision
 
 CPU = torch.device("cpu")
 
@@ -50,7 +51,8 @@ def test_forward_passes_of_the_mixture_the_yardstick_and_a_peer() -> None:
     peer = TINY.config("model.network=simple_baseline", "model.deconv_width=8")
     configs = {"ours": config, "theirs": config, "peer": peer}
     found = inline(forward_rounds, configs=configs, batch=2, device="cpu", plan=ONE)
-    assert list(found["took"]) == ["ours", "theirs", "peer"] and found["precision"] == "fp32"
+    assert list(found["took"]) == ["ours", "theirs", "peer"]
+    assert found["precision"] == resolve_precision("auto", CPU)
     assert all(len(values) == 1 and values[0] > 0 for values in found["took"].values())
 
 

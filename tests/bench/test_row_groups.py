@@ -40,6 +40,7 @@ MODULES = (
 def canned(monkeypatch) -> type[CannedProcess]:
     """All processes answer from a table; no GPU."""
     monkeypatch.setattr(context.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(group_steps, "resolve_precision", lambda wanted, device: "fp32")
 
     def once(target, **options):
         return CannedProcess(target, **options).ask()
@@ -93,6 +94,17 @@ def test_search_step_and_memory(canned, tmp_path) -> None:
         ("own_steps", True),
         ("yardstick_steps", True),
     ]
+
+
+def test_where_a_device_has_bf16_fp32_has_a_row_of_its_own(canned, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(group_steps, "resolve_precision", lambda wanted, device: "bf16")
+    lines = list(group_steps.search_step(make_bench(tmp_path)))
+    names = ["search_step.tiny", "search_step.tiny.plain_path", "search_step.tiny.fp32"]
+    assert list(measured(lines)) == names
+    used = [line.conditions["precision"] for line in lines if isinstance(line, Row)]
+    assert used == ["bf16", "bf16", "fp32"]
+    asked = [options["config"].search.precision for _, _, options in canned.made]
+    assert sorted(asked) == ["auto", "auto", "auto", "fp32"]
 
 
 def test_a_gpu_has_rows_of_its_own(canned, tmp_path, monkeypatch) -> None:

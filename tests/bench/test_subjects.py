@@ -28,7 +28,7 @@ def test_ours_leaves_every_other_model_option_as_shipped(subject) -> None:
         if option not in said:
             assert getattr(config.model, option) == getattr(shipped.model, option), option
     assert config.model.faithful is False and config.model.weights == "none"
-    assert config.search.precision == shipped.search.precision
+    assert config.search.precision == config.finetune.precision == "auto"
     assert subject.images(quick=False) == subject.batch
     assert subject.images(quick=True) == subject.quick_batch <= subject.batch
 
