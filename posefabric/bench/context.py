@@ -56,7 +56,7 @@ class Effort:
 
 FULL = Effort(
     seconds=870.0,
-    steps=Rounds(warmup=1, rounds=7, least=3, seconds=30.0),
+    steps=Rounds(warmup=2, rounds=7, least=3, seconds=30.0),
     forwards=Rounds(warmup=2, rounds=15, least=3, seconds=15.0),
     evaluations=Rounds(warmup=1, rounds=7, least=3, seconds=15.0),
     reserve=30.0,

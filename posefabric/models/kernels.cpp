@@ -86,13 +86,75 @@ template <class V> static inline void store(Bf16* p, V v) {
   }
 }
 
-// Sums of U vectors of channels, on in double.
-template <class R, class V, int U> static inline void add_lanes(const V* found, double* sums) {
+// U vectors of channels. Two vectors of a map in bfloat16 are its even and its odd channels, which
+// come apart by a shift and a mask; what stands beside it channel by channel follows.
+template <class M, class V, int U> constexpr bool apart() {
+  return std::is_same<M, Bf16>::value && U % 2 == 0 && sizeof(V) > sizeof(float);
+}
+
+// Where lane i of vector u lies.
+template <class M, class R, class V, int U> static inline Int place_of(int u, Int i) {
   const Int lanes = sizeof(V) / sizeof(R);
+  return apart<M, V, U>() ? (u - u % 2) * lanes + 2 * i + u % 2 : u * lanes + i;
+}
+
+template <class R, class V, int U, class M> static inline void load_map(const M* p, V* found) {
+  const Int lanes = sizeof(V) / sizeof(R);
+  for (int u = 0; u < U; ++u)
+    if constexpr (apart<M, V, U>()) {
+      typename Words<sizeof(V)>::type words;
+      __builtin_memcpy(&words, p + (u - u % 2) * lanes, sizeof words);
+      words = u % 2 ? words & 0xffff0000u : words << 16;
+      __builtin_memcpy(found + u, &words, sizeof words);
+    } else {
+      found[u] = load<V>(p + u * lanes);
+    }
+}
+
+template <class R, class V, int U, class M> static inline void store_map(M* p, const V* values) {
+  const Int lanes = sizeof(V) / sizeof(R);
+  if constexpr (apart<M, V, U>()) {
+    for (int u = 0; u < U; u += 2) {
+#if defined(__AVX512BF16__) && defined(__AVX512VL__) && defined(__AVX512BW__)
+      if constexpr (sizeof(V) == 64) {
+        const __m512i order = _mm512_set_epi16(
+            31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20,
+            4, 19, 3, 18, 2, 17, 1, 16, 0);
+        const __m512bh both = _mm512_cvtne2ps_pbh((__m512)values[u + 1], (__m512)values[u]);
+        _mm512_storeu_si512(p + u * lanes, _mm512_permutexvar_epi16(order, (__m512i)both));
+        continue;
+      }
+#endif
+      M even[sizeof(V) / sizeof(R)], odd[sizeof(V) / sizeof(R)];
+      store<V>(even, values[u]);
+      store<V>(odd, values[u + 1]);
+      for (Int i = 0; i < lanes; ++i) {
+        p[u * lanes + 2 * i] = even[i];
+        p[u * lanes + 2 * i + 1] = odd[i];
+      }
+    }
+  } else {
+    for (int u = 0; u < U; ++u) store<V>(p + u * lanes, values[u]);
+  }
+}
+
+// Of a row of R for each channel, what belongs to the vectors of a map of M.
+template <class M, class R, class V, int U> static inline void load_row(const R* p, V* found) {
+  for (int u = 0; u < U; ++u) {
+    R own[sizeof(V) / sizeof(R)];
+    for (Int i = 0; i < Int(sizeof(V) / sizeof(R)); ++i) own[i] = p[place_of<M, R, V, U>(u, i)];
+    found[u] = load<V>(own);
+  }
+}
+
+// Sums of U vectors of channels, on in double.
+template <class M, class R, class V, int U>
+static inline void add_lanes(const V* found, double* sums) {
   for (int u = 0; u < U; ++u) {
     R own[sizeof(V) / sizeof(R)];
     store<V>(own, found[u]);
-    for (Int i = 0; i < lanes; ++i) sums[u * lanes + i] += own[i];
+    for (Int i = 0; i < Int(sizeof(V) / sizeof(R)); ++i)
+      sums[place_of<M, R, V, U>(u, i)] += own[i];
   }
 }
 
@@ -398,20 +460,19 @@ template <class M, class R> struct Moments {
   double *sum, *square;
 
   template <class V, int U> inline void run(Int c) {
-    const Int lanes = sizeof(V) / sizeof(R);
-    V s[U], q[U], origin[U];
-    for (int u = 0; u < U; ++u) {
-      s[u] = q[u] = V{};
-      origin[u] = load<V>(shift + c + u * lanes);
-    }
-    for (Int n = begin; n < end; ++n)
+    V s[U], q[U], origin[U], value[U];
+    for (int u = 0; u < U; ++u) s[u] = q[u] = V{};
+    load_map<R, V, U>(shift + c, origin);
+    for (Int n = begin; n < end; ++n) {
+      load_map<R, V, U>(x + n * channels + c, value);
       for (int u = 0; u < U; ++u) {
-        V d = load<V>(x + n * channels + c + u * lanes) - origin[u];
+        V d = value[u] - origin[u];
         s[u] += d;
         q[u] += d * d;
       }
-    add_lanes<R, V, U>(s, sum + c);
-    add_lanes<R, V, U>(q, square + c);
+    }
+    add_lanes<M, R, V, U>(s, sum + c);
+    add_lanes<M, R, V, U>(q, square + c);
   }
 };
 
@@ -478,22 +539,23 @@ template <class M, class R, class T, int ACT, bool NORMED, bool FIRST> struct Mi
   bool relu;
 
   template <class V, int U> inline void run(Int c) {
-    const Int lanes = sizeof(V) / sizeof(R);
-    V f[U], s[U];
-    for (int u = 0; u < U && NORMED; ++u) {
-      f[u] = load<V>(factor + c + u * lanes);
-      s[u] = load<V>(summand + c + u * lanes);
+    V f[U], s[U], z[U], before[U];
+    if (NORMED) {
+      load_row<M, R, V, U>(factor + c, f);
+      load_row<M, R, V, U>(summand + c, s);
     }
-    for (Int n = 0; n < pixels; ++n)
+    for (Int n = 0; n < pixels; ++n) {
+      const Int at = n * channels + c;
+      load_map<R, V, U>(x + at, z);
+      if (!FIRST) load_map<R, V, U>(sum + at, before);
       for (int u = 0; u < U; ++u) {
-        const Int at = n * channels + c + u * lanes;
-        V z = load<V>(x + at);
-        if (NORMED) z = z * f[u] + s[u];
-        z = activate<ACT>(z) * weight;
-        if (!FIRST) z += load<V>(sum + at);
-        if (relu) z = activate<RELU>(z);
-        store<V>(sum + at, z);
+        if (NORMED) z[u] = z[u] * f[u] + s[u];
+        z[u] = activate<ACT>(z[u]) * weight;
+        if (!FIRST) z[u] += before[u];
+        if (relu) z[u] = activate<RELU>(z[u]);
       }
+      store_map<R, V, U>(sum + at, z);
+    }
   }
 };
 
@@ -532,6 +594,21 @@ static void mix_terms(Int terms, const M** x, const R** factor, const Int* act,
   }
 }
 
+// What grew in R, in the order of the map's blocks, to the map.
+template <class M, class R> struct Finish {
+  const R* sum;
+  M* out;
+  Int pixels, channels;
+
+  template <class V, int U> inline void run(Int c) {
+    V z[U];
+    for (Int n = 0; n < pixels; ++n) {
+      load_map<R, V, U>(sum + n * channels + c, z);
+      store_map<R, V, U>(out + n * channels + c, z);
+    }
+  }
+};
+
 // out = sum over terms of weight * act(x * factor + summand), then perhaps a ReLU. A sum of several
 // grows in R.
 template <class M, class R>
@@ -548,7 +625,8 @@ static void mix(Int terms, const M** x, const R** factor, const Int* act, const 
         mix_terms(terms, x, factor, act, weight, out + at, at, pixels, channels, relu);
       } else {
         mix_terms(terms, x, factor, act, weight, beside.data(), at, pixels, channels, relu);
-        convert(beside.data(), out + at, pixels * channels);
+        Finish<M, R> finish = {beside.data(), out + at, pixels, channels};
+        channel_blocks<R, 2>(0, channels, finish);
       }
     }
   }
@@ -560,14 +638,20 @@ template <class M, class R, int ACT, bool NORMED> struct Slopes {
   const R* stats;  // mean, 1 / deviation, factor, summand
   Int channels;
 
-  template <class V> inline V slope(Int at, V value, V factor, V summand) const {
-    V passed = load<V>(g + at);
-    if (sum) passed = where_active<RELU>(load<V>(sum + at), passed);
-    return NORMED ? where_active<ACT>(value * factor + summand, passed) : passed;
+  template <class V, int U>
+  inline void slope(Int at, const V* value, const V* factor, const V* summand, V* passed) const {
+    load_map<R, V, U>(g + at, passed);
+    if (sum) {
+      V total[U];
+      load_map<R, V, U>(sum + at, total);
+      for (int u = 0; u < U; ++u) passed[u] = where_active<RELU>(total[u], passed[u]);
+    }
+    for (int u = 0; u < U && NORMED; ++u)
+      passed[u] = where_active<ACT>(value[u] * factor[u] + summand[u], passed[u]);
   }
 
-  template <class V> inline V stat(Int row, Int k) const {
-    return NORMED ? load<V>(stats + row * channels + k) : V{};
+  template <class V, int U> inline void stat(Int row, Int c, V* found) const {
+    if (NORMED) load_row<M, R, V, U>(stats + row * channels + c, found);
   }
 };
 
@@ -577,26 +661,23 @@ template <class M, class R, int ACT, bool NORMED> struct Reduce {
   double *sum, *product;
 
   template <class V, int U> inline void run(Int c) {
-    const Int lanes = sizeof(V) / sizeof(R);
-    V s[U], q[U], mean[U], factor[U], summand[U];
-    for (int u = 0; u < U; ++u) {
-      s[u] = q[u] = V{};
-      const Int k = c + u * lanes;
-      mean[u] = slopes.template stat<V>(0, k);
-      factor[u] = slopes.template stat<V>(2, k);
-      summand[u] = slopes.template stat<V>(3, k);
-    }
-    for (Int n = begin; n < end; ++n)
+    V s[U], q[U], mean[U], factor[U], summand[U], value[U], g[U];
+    for (int u = 0; u < U; ++u) s[u] = q[u] = V{};
+    slopes.template stat<V, U>(0, c, mean);
+    slopes.template stat<V, U>(2, c, factor);
+    slopes.template stat<V, U>(3, c, summand);
+    for (Int n = begin; n < end; ++n) {
+      const Int at = n * slopes.channels + c;
+      load_map<R, V, U>(slopes.x + at, value);
+      slopes.template slope<V, U>(at, value, factor, summand, g);
       for (int u = 0; u < U; ++u) {
-        const Int at = n * slopes.channels + c + u * lanes;
-        V value = load<V>(slopes.x + at);
-        V g = slopes.slope(at, value, factor[u], summand[u]);
-        if (NORMED) value -= mean[u];
-        s[u] += g;
-        q[u] += g * value;
+        if (NORMED) value[u] -= mean[u];
+        s[u] += g[u];
+        q[u] += g[u] * value[u];
       }
-    add_lanes<R, V, U>(s, sum + c);
-    add_lanes<R, V, U>(q, product + c);
+    }
+    add_lanes<M, R, V, U>(s, sum + c);
+    add_lanes<M, R, V, U>(q, product + c);
   }
 };
 
@@ -607,25 +688,25 @@ template <class M, class R, int ACT, bool NORMED> struct Apply {
   M* out;
 
   template <class V, int U> inline void run(Int c) {
-    const Int lanes = sizeof(V) / sizeof(R);
-    V mean[U], factor[U], summand[U], by_slope[U], by_value[U], rest[U];
-    for (int u = 0; u < U; ++u) {
-      const Int k = c + u * lanes;
-      mean[u] = slopes.template stat<V>(0, k);
-      factor[u] = slopes.template stat<V>(2, k);
-      summand[u] = slopes.template stat<V>(3, k);
-      by_slope[u] = load<V>(direct + k);
-      by_value[u] = NORMED ? load<V>(linear + k) : V{};
-      rest[u] = NORMED ? load<V>(constant + k) : V{};
+    V mean[U], factor[U], summand[U], by_slope[U], by_value[U], rest[U], value[U], found[U];
+    slopes.template stat<V, U>(0, c, mean);
+    slopes.template stat<V, U>(2, c, factor);
+    slopes.template stat<V, U>(3, c, summand);
+    load_row<M, R, V, U>(direct + c, by_slope);
+    if (NORMED) {
+      load_row<M, R, V, U>(linear + c, by_value);
+      load_row<M, R, V, U>(constant + c, rest);
     }
-    for (Int n = begin; n < end; ++n)
+    for (Int n = begin; n < end; ++n) {
+      const Int at = n * slopes.channels + c;
+      if (NORMED) load_map<R, V, U>(slopes.x + at, value);
+      slopes.template slope<V, U>(at, value, factor, summand, found);
       for (int u = 0; u < U; ++u) {
-        const Int at = n * slopes.channels + c + u * lanes;
-        V value = NORMED ? load<V>(slopes.x + at) : V{};
-        V found = slopes.slope(at, value, factor[u], summand[u]) * by_slope[u];
-        if (NORMED) found += (value - mean[u]) * by_value[u] + rest[u];
-        store<V>(out + at, found);
+        found[u] *= by_slope[u];
+        if (NORMED) found[u] += (value[u] - mean[u]) * by_value[u] + rest[u];
       }
+      store_map<R, V, U>(out + at, found);
+    }
   }
 };
 
