@@ -38,7 +38,7 @@ def compile_library(source: Path, options: Sequence[str], *, built_for: str = ""
     compiler, folder = _compiler(), cache_folder()
     if compiler is None:
         raise PosefabricError("no C++ compiler (install g++ or clang, or set CXX)")
-    key = hashlib.sha256(source.read_bytes())
+    key = hashlib.sha256(_whole(source))
     known = [*compiler, *COMMON, *options, built_for, platform.machine(), _processor()]
     key.update("\0".join(known).encode())
     library = folder / f"{source.stem}-{key.hexdigest()[:16]}.so"
@@ -65,6 +65,12 @@ def compile_library(source: Path, options: Sequence[str], *, built_for: str = ""
             )
         found.replace(library)
     return library
+
+
+def _whole(source: Path) -> bytes:
+    """A C++ file and the package's own headers, which lie beside it."""
+    headers = sorted(source.parent.glob("*.h"))
+    return b"\0".join(file.read_bytes() for file in (source, *headers))
 
 
 def _compiler() -> list[str] | None:

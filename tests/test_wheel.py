@@ -60,7 +60,7 @@ def test_every_module_and_data_file_of_the_source_is_inside(wheel):
     with zipfile.ZipFile(wheel) as archive:
         inside = {name for name in archive.namelist() if not name.endswith("/")}
     package = ROOT / "posefabric"
-    kinds = ("*.py", "*.yaml", "*.txt", "*.cpp")
+    kinds = ("*.py", "*.yaml", "*.txt", "*.cpp", "*.h")
     expected = {f"posefabric/{name}" for name in files_of(package, *kinds)}
     packaged = {name for name in inside if ".dist-info/" not in name}
     assert packaged == expected
@@ -71,6 +71,7 @@ def test_every_module_and_data_file_of_the_source_is_inside(wheel):
         "posefabric/configs/demo.yaml",
         "posefabric/data/ids/lspet_test.txt",
         "posefabric/models/kernels.cpp",
+        "posefabric/models/lanes.h",
         "posefabric/distributed/shared_sums.cpp",
         "posefabric/train/memory.cpp",
     ):

@@ -173,3 +173,5 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert first == native.compile_library(elsewhere / "right.cpp", ()), "the same source"
     assert first == native.compile_library(right, ()) and first.parent == tmp_path / "posefabric"
     assert first != native.compile_library(right, (), built_for="another version")
+    (elsewhere / "beside.h").write_text("// changed")
+    assert first != native.compile_library(elsewhere / "right.cpp", ()), "another header"
