@@ -23,6 +23,8 @@ BATCH = 16
 # Steps that do not count: libraries start, and the crops of the first epoch are drawn.
 WARM_STEPS = 2
 PATIENCE_S = 600
+# What three commands need, to begin at all.
+SECONDS = 60.0
 ALONE, SHARED, OWN = "alone", "shared", "own"
 # Of two processes: norms that see the whole batch, and each its share of it.
 ROWS = {SHARED: "", OWN: ".own_norms"}
@@ -32,7 +34,7 @@ def processes(bench: Bench) -> Iterator[Line]:
     """Whole commands, `posefabric search`, that train the last subject on synthetic people."""
     subject = bench.subjects[-1]
     name = f"processes.gloo{PROCESSES}.{subject.name}"
-    late = bench.too_late(name) or impossible(name)
+    late = bench.too_late(name, needs=SECONDS) or impossible(name)
     if late is not None:
         yield late
         return

@@ -61,17 +61,20 @@ def search_step(bench: Bench) -> Iterator[Line]:
 
 
 def _step_rows(bench: Bench, subject: Subject, place: Place) -> Iterator[Row]:
-    """The default and, where those are others, the plain path and fp32; in the same rounds."""
+    """The default and, where those are others, the plain path and fp32; in the same rounds.
+
+    A quick bench has the default alone.
+    """
     batch, device = subject.images(quick=bench.quick), place.device
     plan = bench.within(bench.effort.steps)
     config = subject.config()
     precision = resolve_precision(config.search.precision, torch.device(device))
     arms = against_yardstick(subject)
     rows = {"ours": (place.name, precision)}
-    if device == "cpu":
+    if device == "cpu" and not bench.quick:
         arms[PLAIN] = (own_steps, on_path(config, "plain"))
         rows[PLAIN] = (f"{place.name}.{PLAIN}", precision)
-    if precision != FP32:
+    if precision != FP32 and not bench.quick:
         arms[FP32] = (own_steps, in_fp32(config))
         rows[FP32] = (f"{place.name}.{FP32}", FP32)
     took = step_rounds(arms, batch=batch, device=device, plan=plan)

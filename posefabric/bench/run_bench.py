@@ -36,9 +36,9 @@ GROUPS: dict[str, tuple[Part, ...]] = {
     "inference": (group_inference.inference,),
     "memory": (group_steps.peak_memory,),
     "shipped": (group_shipped.shipped,),
-    "processes": (group_processes.processes,),
     "loader": (group_loader.waiting, group_loader.memory),
     "evaluation": (group_evaluation.images, group_evaluation.oks),
+    "processes": (group_processes.processes,),
     "peers": (group_shipped.peers_in_runtimes, group_inference.peers_in_eager),
     "compile": (group_compile.compiled_path,),
 }

@@ -80,7 +80,7 @@ def missing(lines) -> dict[str, str]:
 
 
 def test_search_step_and_memory(canned, tmp_path) -> None:
-    lines = list(group_steps.search_step(make_bench(tmp_path)))
+    lines = list(group_steps.search_step(make_bench(tmp_path, quick=False)))
     assert measured(lines) == {"search_step.tiny": 3.0, "search_step.tiny.plain_path": 3.0}
     assert missing(lines) == {"search_step.tiny.gpu": context.NO_GPU}
     ours, theirs, plain = (options["config"] for _, _, options in canned.made)
@@ -98,18 +98,19 @@ def test_search_step_and_memory(canned, tmp_path) -> None:
 
 def test_where_a_device_has_bf16_fp32_has_a_row_of_its_own(canned, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(group_steps, "resolve_precision", lambda wanted, device: "bf16")
-    lines = list(group_steps.search_step(make_bench(tmp_path)))
+    lines = list(group_steps.search_step(make_bench(tmp_path, quick=False)))
     names = ["search_step.tiny", "search_step.tiny.plain_path", "search_step.tiny.fp32"]
     assert list(measured(lines)) == names
     used = [line.conditions["precision"] for line in lines if isinstance(line, Row)]
     assert used == ["bf16", "bf16", "fp32"]
     asked = [options["config"].search.precision for _, _, options in canned.made]
     assert sorted(asked) == ["auto", "auto", "auto", "fp32"]
+    assert list(measured(group_steps.search_step(make_bench(tmp_path)))) == names[:1], "quick"
 
 
 def test_a_gpu_has_rows_of_its_own(canned, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(context.torch.cuda, "is_available", lambda: True)
-    lines = list(group_steps.search_step(make_bench(tmp_path)))
+    lines = list(group_steps.search_step(make_bench(tmp_path, quick=False)))
     names = ["search_step.tiny", "search_step.tiny.plain_path", "search_step.tiny.gpu"]
     assert list(measured(lines)) == names
     assert [options["device"] for _, _, options in canned.made] == ["cpu"] * 3 + ["cuda"] * 2
