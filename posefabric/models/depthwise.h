@@ -208,7 +208,7 @@ static void depthwise_weight(const M* source, const M* slope, R* gradient, Int b
                              Int width, Int out_height, Int out_width, Int channels, Int kernel,
                              Int stride, Int dilation, Int top, Int left) {
   const bool same = std::is_same<M, R>::value;
-  const Int pieces = std::min<Int>(batch, 4), block = same ? 128 : 32;
+  const Int pieces = std::min<Int>(batch, 4), block = same ? 128 : channels < 48 ? channels : 32;
   const Int size = kernel * kernel * channels, blocks = (channels + block - 1) / block;
   const Int area = height * width, out_area = out_height * out_width;
   std::vector<R> sums(pieces * size, R(0));

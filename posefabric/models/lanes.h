@@ -167,9 +167,11 @@ template <class R, int U, class F> static inline void channel_blocks(Int from, I
 
 // Maps to what is computed in, and back.
 template <class M, class R> static inline void convert(const M* from, R* to, Int size) {
-  typedef typename Lanes<float>::wide V;
-  const Int lanes = sizeof(V) / sizeof(float);
+  typedef Lanes<float>::type V;
+  typedef Lanes<float>::wide W;
+  const Int lanes = sizeof(V) / sizeof(float), wide = sizeof(W) / sizeof(float);
   Int i = 0;
+  for (; i + wide <= size; i += wide) store<W>(to + i, load<W>(from + i));
   for (; i + lanes <= size; i += lanes) store<V>(to + i, load<V>(from + i));
   for (; i < size; ++i) store<float>(to + i, load<float>(from + i));
 }
