@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import Counter
 from typing import Any
@@ -12,7 +13,7 @@ from networks import EVERY, make_supernet, noise
 from torch import Tensor, nn
 from torch.nn import functional
 
-from posefabric.models.fused import RELU, RELU6, Term, takes, weighted_sum
+from posefabric.models.fused import RELU, RELU6, Term, norms_over_all, takes, weighted_sum
 from posefabric.models.fused_convolutions import Window, depthwise, pointwise
 from posefabric.models.grouped import fast_path
 from posefabric.models.kernels import load_kernels
@@ -160,6 +161,22 @@ def test_maps_of_two_precisions_are_added_as_torch_adds_them() -> None:
     torch.testing.assert_close(found, 0.5 * x.float() + y)
     found.sum().backward()
     assert x.grad is not None and x.grad.dtype == torch.bfloat16 and y.grad is not None
+
+
+def test_norms_of_two_processes_that_have_the_same() -> None:
+    """Their sums are twice each one's, of twice as many values."""
+    found = []
+    for times in (1, 2):
+        norm, x = nn.BatchNorm2d(24), low(3, 24, 5, 4)
+        with contextlib.ExitStack() as stack:
+            if times == 2:
+                stack.enter_context(norms_over_all(lambda sums: 2 * sums))
+            out = weighted_sum([Term(x, norm=norm, act=RELU)])
+            out.backward(low(*out.shape, seed=3).detach())
+        found.append([out, x.grad, norm.weight.grad, norm.running_mean])
+    for one, both in zip(*found, strict=True):
+        assert one is not None and both is not None
+        torch.testing.assert_close(one.float(), both.float(), rtol=2.0**-7, atol=1e-5)
 
 
 def test_bfloat16_is_taken_under_autocast_and_float32_outside() -> None:
