@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+
 from posefabric.bench.context import Bench
 from posefabric.bench.fresh import Fresh
 from posefabric.bench.rows import Line, Missing, Row, speed_row
 from posefabric.bench.timing import interleaved, ratio_of
 from posefabric.bench.training import compiled_steps, on_path, own_steps
 from posefabric.structures import PosefabricError
+from posefabric.train.precision import resolve_precision
 
 QUICK_LEAVES_OUT = "a quick bench does not compile, which takes a minute (try --only compile)"
 # What compiling and its rounds need, to begin at all.
@@ -28,8 +31,11 @@ def compiled_path(bench: Bench) -> Iterator[Line]:
     if late is not None:
         yield late
         return
+    config = subject.config()
     options: dict[str, Any] = {"batch": subject.batch, "device": "cpu"}
-    fast, compiled = on_path(subject.config(), "fast"), on_path(subject.config(), "compiled")
+    precision = resolve_precision(config.search.precision, torch.device("cpu"))
+    conditions = {**options, "precision": precision}
+    fast, compiled = on_path(config, "fast"), on_path(config, "compiled")
     try:
         with (
             Fresh(compiled_steps, alone=True, config=compiled, **options) as ours,
@@ -50,7 +56,7 @@ def compiled_path(bench: Bench) -> Iterator[Line]:
         theirs=took["theirs"],
         count=subject.batch,
         baseline=baseline,
-        conditions=options,
+        conditions=conditions,
     )
     yield Row(
         name=f"{name}.first_step",
@@ -61,7 +67,7 @@ def compiled_path(bench: Bench) -> Iterator[Line]:
         ours=first,
         theirs=first_fast,
         measure="s, the first step, nothing compiled before",
-        conditions=options,
+        conditions=conditions,
     )
 
 

@@ -106,7 +106,9 @@ def _peak_row(bench: Bench, subject: Subject, place: Place) -> Row:
         for arm, (target, config) in against_yardstick(subject).items():
             with Fresh(target, alone=True, config=config, batch=batch, device=device) as process:
                 peaks[arm].append([process.ask()[1] for _ in range(PEAK_STEPS)][-1])
-    return memory_row(place.name, peaks, conditions={"batch": batch, "device": device})
+    precision = resolve_precision(subject.config().search.precision, torch.device(device))
+    conditions = {"batch": batch, "device": device, "precision": precision}
+    return memory_row(place.name, peaks, conditions=conditions)
 
 
 def memory_row(name: str, peaks: Mapping[str, list[float]], *, conditions: dict) -> Row:

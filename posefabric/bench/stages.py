@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from posefabric.bench.fresh import Gate
 from posefabric.bench.roofline import ConvolutionCounter
@@ -18,7 +19,7 @@ from posefabric.models.build import build_supernet
 from posefabric.search.run_search import STRATEGIES
 from posefabric.train.loss import LOSSES
 from posefabric.train.memory import keep_freed_memory
-from posefabric.train.optim import clip_gradients, make_optimiser, weight_groups
+from posefabric.train.optim import make_optimiser, weight_groups
 from posefabric.train.phase import choose_path
 from posefabric.train.precision import resolve_precision
 
@@ -91,7 +92,7 @@ class StagedStep:
         self._values["loss"].backward()
 
     def optimise(self) -> None:
-        clip_gradients(self.network.parameters(), self.clip)
+        nn.utils.clip_grad_norm_(self.network.parameters(), self.clip)
         self.optimiser.step()
         self._values.clear()
 

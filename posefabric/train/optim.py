@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -114,15 +114,3 @@ def _floats(network: nn.Module) -> dict[str, Tensor]:
     """What is averaged; a supernet's temperature is not learned but set by a schedule."""
     state = network.state_dict()
     return {n: v for n, v in state.items() if v.is_floating_point() and n != "temperature"}
-
-
-def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> Tensor:
-    """The norm of all gradients, which are scaled down where it is larger.
-
-    As torch's clip_grad_norm_, without its product where the norm is small enough.
-    """
-    found = [p for p in parameters if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in found if p.grad is not None])
-    if float(norm) + 1e-6 > largest:
-        nn.utils.clip_grads_with_norm_(found, largest, norm)
-    return norm

@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from bench_parts import LITTLE, TINY, CannedProcess, FakeClock, make_bench
 
 from posefabric.bench import (
@@ -24,6 +25,7 @@ from posefabric.bench.rows import Missing, Row
 from posefabric.bench.subjects import PEERS
 from posefabric.bench.timing import Rounds
 from posefabric.structures import PosefabricError
+from posefabric.train.precision import resolve_precision
 
 SECONDS = {"ours": [1.0], "theirs": [4.0], **{peer: [2.0] for peer in PEERS}}
 MODULES = (
@@ -121,6 +123,8 @@ def test_compile(canned, tmp_path) -> None:
     assert measured(lines) == {"compile.tiny": 0.5, "compile.tiny.first_step": 2.0}
     paths = [options["config"].model.path for _, _, options in canned.made]
     assert paths == ["compiled", "fast"]
+    used = {line.conditions["precision"] for line in lines if isinstance(line, Row)}
+    assert used == {resolve_precision("auto", torch.device("cpu"))}
     quick = list(group_compile.compiled_path(make_bench(tmp_path)))
     assert missing(quick) == {"compile.tiny": group_compile.QUICK_LEAVES_OUT}
     effort = dataclasses.replace(LITTLE, seconds=group_compile.SECONDS - 1)

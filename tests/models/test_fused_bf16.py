@@ -38,37 +38,30 @@ def exact(*tensors: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("channels", [3, 8, 37, 96])
 @pytest.mark.parametrize(
-    ("kernel", "stride", "dilation", "padding", "hw"),
+    ("window", "hw"),
     [
-        (3, 1, 1, (1, 1, 1, 1), (19, 7)),
-        (3, 1, 2, (2, 2, 2, 2), (4, 5)),
-        (5, 1, 1, (2, 2, 2, 2), (9, 8)),
-        (5, 2, 1, (1, 2, 1, 2), (20, 9)),
-        (3, 2, 1, (0, 1, 0, 1), (6, 6)),
-        (7, 1, 1, (3, 3, 3, 3), (8, 8)),
+        (Window(3, 1, 1, (1, 1, 1, 1)), (19, 7)),
+        (Window(3, 1, 2, (2, 2, 2, 2)), (4, 5)),
+        (Window(5, 1, 1, (2, 2, 2, 2)), (9, 8)),
+        (Window(5, 2, 1, (1, 2, 1, 2)), (20, 9)),
+        (Window(3, 2, 1, (0, 1, 0, 1)), (6, 6)),
+        (Window(7, 1, 1, (3, 3, 3, 3)), (8, 8)),
     ],
 )
-def test_depthwise(
-    channels: int,
-    kernel: int,
-    stride: int,
-    dilation: int,
-    padding: tuple[int, int, int, int],
-    hw: tuple[int, int],
-) -> None:
+def test_depthwise(channels: int, window: Window, hw: tuple[int, int]) -> None:
     """Several strips of rows, rows that have all taps and such that have not."""
-    x, weight = low(3, channels, *hw), noise(channels, 1, kernel, kernel, seed=1).float()
-    weight.requires_grad_()
-    top, bottom, left, right = padding
+    x, weight = low(3, channels, *hw), noise(channels, 1, window.kernel, window.kernel, seed=1)
+    weight = weight.float().requires_grad_()
+    top, bottom, left, right = window.padding
     same = exact(x, weight)
     expected = functional.conv2d(
         functional.pad(same[0], (left, right, top, bottom)),
         same[1],
-        stride=stride,
-        dilation=dilation,
+        stride=window.stride,
+        dilation=window.dilation,
         groups=channels,
     )
-    found = depthwise(x, weight, Window(kernel, stride, dilation, padding))
+    found = depthwise(x, weight, window)
     towards = low(*expected.shape, seed=2).detach()
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.double(), expected, **ONE_ROUNDING)
