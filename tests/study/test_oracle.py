@@ -105,7 +105,7 @@ def test_the_oracle_from_the_command_line(tmp_path: Path, monkeypatch, capsys) -
     small = [
         "data.input_wh=[64,64]", "data.synthetic_train=16", "data.synthetic_val=8",
         "model.backbone=test_efficientnet", "model.weights=none", "model.channel_factor=1",
-        "model.parts=1", "model.first_layer=5", "model.operations=[zero,dil_conv_3x3]",
+        "model.parts=1", "model.first_layer=4", "model.operations=[zero,dil_conv_3x3]",
         "search.epochs=1", "search.batch_size=8", "search.worth_persons=8",
         "search.relaxation=softmax",
         "derive.threshold=0", "derive.operations_kept=null", "derive.sources_kept=null",
@@ -114,13 +114,13 @@ def test_the_oracle_from_the_command_line(tmp_path: Path, monkeypatch, capsys) -
     words = ["oracle", "demo", *small, "--out", out, "--fused", 1]
     assert command(monkeypatch, *words) == 0
     rows = read_rows(out / "rows.jsonl")
-    assert len(rows) == 2 + 1 and all(0 <= row["PCK"] <= 1 for row in rows.values())
+    assert len(rows) == 5 + 1 and all(0 <= row["PCK"] <= 1 for row in rows.values())
     assert not [path for path in out.iterdir() if path.name in rows], "trainings are cleared away"
     verdicts = json.loads((out / "verdicts.json").read_text())
     assert [set(v) for v in verdicts] == [{"claim", "effect", "interval", "p", "holds"}] * 2
     page = (out / "oracle.md").read_text()
-    assert "of 2 |" in page and "fused 1" in page
+    assert "of 5 |" in page and "fused 1" in page
     assert "'model.operations=[zero,dil_conv_3x3]'" in page, "as a shell reads it"
     capsys.readouterr()
     assert command(monkeypatch, *words) == 0
-    assert "[1/3]" not in capsys.readouterr().out, "what is trained is not trained again"
+    assert "[1/6]" not in capsys.readouterr().out, "what is trained is not trained again"
