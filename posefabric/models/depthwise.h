@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "lanes.h"
+#include "sums.h"
 
 struct Tap {
   Int place, weight;
@@ -28,8 +28,64 @@ static std::vector<std::vector<Tap>> taps_of(Int count, Int inputs, Int kernel, 
   return taps;
 }
 
+// What a convolution reads in place of its source: act(source * factor + summand). `stats` is null
+// where it reads the source itself, else a norm's four rows of C.
+template <class R> struct Before {
+  const R* stats;
+  Int act;
+};
+
+// Pixels of `channels`, of which some are taken, to R and through the norm before.
+template <class M, class R, int ACT> struct Taken {
+  const M* from;
+  const R* stats;
+  R* to;
+  Int pixels, from_channels, to_channels, first;
+
+  template <class V, int U> inline void run(Int c) {
+    const V f = load<V>(stats + 2 * from_channels + first + c);
+    const V s = load<V>(stats + 3 * from_channels + first + c);
+    for (Int n = 0; n < pixels; ++n) {
+      const V x = load<V>(from + n * from_channels + first + c);
+      store<V>(to + n * to_channels + c, activate<ACT>(V(x * f + s)));
+    }
+  }
+};
+
+// `count` channels from `first` on of an image's pixels.
+template <class M, class R>
+static void take(const M* from, Before<R> before, R* to, Int pixels, Int channels, Int first,
+                 Int count) {
+  // Some pixels at a time, while their lines are in the cache.
+  for (Int n = 0; n < pixels && before.stats; n += 16) {
+    const Int some = std::min<Int>(16, pixels - n);
+    const M* x = from + n * channels;
+    R* y = to + n * count;
+    if (before.act == RELU) {
+      Taken<M, R, RELU> taken = {x, before.stats, y, some, channels, count, first};
+      channel_blocks<R, 1>(0, count, taken);
+    } else if (before.act == RELU6) {
+      Taken<M, R, RELU6> taken = {x, before.stats, y, some, channels, count, first};
+      channel_blocks<R, 1>(0, count, taken);
+    } else {
+      Taken<M, R, NONE> taken = {x, before.stats, y, some, channels, count, first};
+      channel_blocks<R, 1>(0, count, taken);
+    }
+  }
+  if (before.stats) return;
+  if (count == channels) return convert(from, to, pixels * channels);
+  for (Int n = 0; n < pixels; ++n) convert(from + n * channels + first, to + n * count, count);
+}
+
+// A kernel's weights (C, taps) as rows of C, and back.
+template <class R> static void transpose(const R* from, R* to, Int rows, Int columns) {
+  for (Int r = 0; r < rows; ++r)
+    for (Int c = 0; c < columns; ++c) to[c * rows + r] = from[r * columns + c];
+}
+
 template <class R, class M> struct Pixel {
   const R *source, *weight;
+  const M* plus;
   M* target;
   const std::vector<Tap>*rows, *columns;
   Int row_stride, channels, kernel;
@@ -37,7 +93,7 @@ template <class R, class M> struct Pixel {
   template <class V, int U> inline void run(Int c) {
     const Int lanes = sizeof(V) / sizeof(R);
     V sum[U];
-    for (int u = 0; u < U; ++u) sum[u] = V{};
+    for (int u = 0; u < U; ++u) sum[u] = plus ? load<V>(plus + c + u * lanes) : V{};
     for (const Tap& row : *rows) {
       const R* line = source + row.place * row_stride + c;
       const R* line_weight = weight + row.weight * kernel * channels + c;
@@ -54,6 +110,7 @@ template <class R, class M> struct Pixel {
 // A row's pixels from `begin` to `end`, which have all K x K taps: the weights stay in registers.
 template <class R, class M, int K> struct Run {
   const R *source, *weight;
+  const M* plus;
   M* target;
   const std::vector<Tap>& rows;
   const std::vector<std::vector<Tap>>& columns;
@@ -76,6 +133,7 @@ template <class R, class M, int K> struct Run {
       M* out = target + c;
       for (Int x = 0; x < end - begin; ++x) {
         V sum = load<V>(line[0] + x * step) * w[0];
+        if (plus) sum += load<V>(plus + c + x * channels);
         for (int k = 1; k < K * K; ++k) sum += load<V>(line[k] + x * step) * w[k];
         store<V>(out + x * channels, sum);
       }
@@ -83,16 +141,20 @@ template <class R, class M, int K> struct Run {
   }
 };
 
-// source (batch, height, width, C), weight (kernel * kernel, C) to target (batch, out_height,
-// out_width, C). Of maps in fewer digits the rows that a strip of the output reads are converted
-// first, once for all taps.
+// source (batch, height, width, C), weight (C, kernel, kernel) to target (batch, out_height,
+// out_width, C), to which `plus` is added where it is not null: it may be the target. Of maps in
+// fewer digits, or behind a norm, the rows that a strip of the output reads are made first, once
+// for all taps.
 template <class M, class R>
-static void depthwise(const M* source, const R* weight, M* target, Int batch, Int height, Int width,
-                      Int out_height, Int out_width, Int channels, Int kernel, Int stride,
-                      Int dilation, Int top, Int left, Int transposed) {
+static void depthwise(const M* source, Before<R> before, const R* kernels, const M* plus, M* target,
+                      Int batch, Int height, Int width, Int out_height, Int out_width, Int channels,
+                      Int kernel, Int stride, Int dilation, Int top, Int left, Int transposed) {
+  std::vector<R> by_tap(kernel * kernel * channels);
+  transpose(kernels, by_tap.data(), channels, kernel * kernel);
+  const R* weight = by_tap.data();
   auto rows = taps_of(out_height, height, kernel, stride, dilation, top, transposed);
   auto columns = taps_of(out_width, width, kernel, stride, dilation, left, transposed);
-  const bool same = std::is_same<M, R>::value;
+  const bool same = std::is_same<M, R>::value && !before.stats;
   const Int strip = same ? 1 : 8, strips = (out_height + strip - 1) / strip;
   const Int line = width * channels;
   // Pixels of a row that have all taps.
@@ -116,28 +178,38 @@ static void depthwise(const M* source, const R* weight, M* target, Int batch, In
               last = std::max(last, tap.place + 1);
             }
           converted.resize(std::max<Int>(1, (last - first) * line));
-          if (last > first) convert(image + first * line, converted.data(), (last - first) * line);
+          if (last > first)
+            take(image + first * line, before, converted.data(), (last - first) * width, channels,
+                 0, channels);
           read = converted.data() - first * line;
         }
         for (Int y = n * strip; y < end; ++y) {
-          M* out = target + (b * out_height + y) * out_width * channels;
+          const Int begin = (b * out_height + y) * out_width * channels;
+          M* out = target + begin;
+          const M* added = plus ? plus + begin : nullptr;
           const bool whole = inner < after && (Int)rows[y].size() == kernel;
           if (whole && kernel == 3) {
-            Run<R, M, 3> run = {read, weight,   out + inner * channels, rows[y], columns,
-                                line, channels, inner,                  after};
+            Run<R, M, 3> run = {read,    weight,  added ? added + inner * channels : nullptr,
+                                out + inner * channels,
+                                rows[y], columns, line,
+                                channels, inner, after};
             channel_blocks<R, 1>(0, channels, run);
           }
           if (whole && kernel == 5) {
-            Run<R, M, 5> run = {read, weight,   out + inner * channels, rows[y], columns,
-                                line, channels, inner,                  after};
+            Run<R, M, 5> run = {read,    weight,  added ? added + inner * channels : nullptr,
+                                out + inner * channels,
+                                rows[y], columns, line,
+                                channels, inner, after};
             channel_blocks<R, 1>(0, channels, run);
           }
           const bool done = whole && (kernel == 3 || kernel == 5);
-          Pixel<R, M> pixel = {read, weight, nullptr, &rows[y], nullptr, line, channels, kernel};
+          Pixel<R, M> pixel = {read,    weight, nullptr,  nullptr, &rows[y],
+                               nullptr, line,   channels, kernel};
           for (Int x = 0; x < out_width; ++x) {
             if (done && x >= inner && x < after) continue;
             pixel.columns = &columns[x];
             pixel.target = out + x * channels;
+            pixel.plus = added ? added + x * channels : nullptr;
             channel_blocks<R, 4>(0, channels, pixel);
           }
         }
@@ -195,19 +267,14 @@ template <class R> struct WeightGradient {
   }
 };
 
-// Some channels of an image, converted.
+// The gradient of the weight (C, kernel, kernel), from the input and the output's gradient. Of maps
+// in fewer digits, or behind a norm, an image's block of channels is made first, once for all taps.
 template <class M, class R>
-static void take_channels(const M* image, R* to, Int pixels, Int channels, Int first, Int count) {
-  for (Int n = 0; n < pixels; ++n) convert(image + n * channels + first, to + n * count, count);
-}
-
-// The gradient of the weight (kernel * kernel, C), from the input and the output's gradient. Of maps
-// in fewer digits an image's block of channels is converted first, once for all taps.
-template <class M, class R>
-static void depthwise_weight(const M* source, const M* slope, R* gradient, Int batch, Int height,
-                             Int width, Int out_height, Int out_width, Int channels, Int kernel,
-                             Int stride, Int dilation, Int top, Int left) {
-  const bool same = std::is_same<M, R>::value;
+static void depthwise_weight(const M* source, Before<R> before, const M* slope, R* gradient,
+                             Int batch, Int height, Int width, Int out_height, Int out_width,
+                             Int channels, Int kernel, Int stride, Int dilation, Int top,
+                             Int left) {
+  const bool same = std::is_same<M, R>::value && !before.stats;
   const Int pieces = std::min<Int>(batch, 4), block = same ? 128 : channels < 48 ? channels : 32;
   const Int size = kernel * kernel * channels, blocks = (channels + block - 1) / block;
   const Int area = height * width, out_area = out_height * out_width;
@@ -238,10 +305,10 @@ static void depthwise_weight(const M* source, const M* slope, R* gradient, Int b
         piece.to = 1;
         piece.channels = count;
         for (Int b = from; b < to; ++b) {
-          take_channels(source + b * area * channels, own_source.data(), area, channels, first,
-                        count);
-          take_channels(slope + b * out_area * channels, own_slope.data(), out_area, channels, first,
-                        count);
+          take(source + b * area * channels, before, own_source.data(), area, channels, first,
+               count);
+          take(slope + b * out_area * channels, Before<R>{nullptr, NONE}, own_slope.data(),
+               out_area, channels, first, count);
           channel_blocks<R, 4>(0, count, piece);
         }
         for (Int i = 0; i < kernel * kernel; ++i)
@@ -250,8 +317,7 @@ static void depthwise_weight(const M* source, const M* slope, R* gradient, Int b
       }
   }
   for (Int i = 0; i < size; ++i) {
-    R sum = 0;
-    for (Int p = 0; p < pieces; ++p) sum += sums[p * size + i];
-    gradient[i] = sum;
+    for (Int p = 1; p < pieces; ++p) sums[i] += sums[p * size + i];
   }
+  transpose(sums.data(), gradient, kernel * kernel, channels);
 }

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from posefabric.models.kernels import address, channels_last, kernel
-from posefabric.models.recomputing import give_recipe, recipe_of
+from posefabric.models.recomputing import Recipe, give_recipe, recipe_of
+from posefabric.models.term_calls import NONE, Kept, Norms, Term, add_terms, term_gradients
 
 
 @dataclass(frozen=True)
@@ -37,15 +38,37 @@ def depthwise(x: Tensor, weight: Tensor, window: Window) -> Tensor:
 
     It is cheap enough to be computed again for a convolution that reads it.
     """
-    recipe, kept = recipe_of(x), weight.detach()
+    recipe = recipe_of(x)
     x = channels_last(x)
     result: Tensor = _Depthwise.apply(x, weight, window)  # type: ignore[assignment]
-    if recipe is None:
-        source = x.detach()
-        give_recipe(result, lambda: _convolved(source, kept, window))
-    else:
-        give_recipe(result, lambda: _convolved(recipe(), kept, window))
+    _say_how_to_recompute(result, recipe or x.detach(), weight.detach(), window)
     return result
+
+
+def normed_depthwise(
+    x: Tensor, norm: nn.BatchNorm2d, act: int, weight: Tensor, window: Window
+) -> Tensor:
+    """``depthwise(act(norm(x)), weight, window)`` without the map between the two.
+
+    The norm must be such that ``takes_norm``.
+    """
+    term = Term(channels_last(x), norm=norm, act=act)
+    result: Tensor = _NormedDepthwise.apply(  # type: ignore[assignment]
+        term, window, term.x, None, norm.weight, norm.bias, weight
+    )
+    node: Any = result.grad_fn
+    if node is not None:
+        _say_how_to_recompute(result, term.x.detach(), weight.detach(), window, node.kept)
+    return result
+
+
+def fan_out(x: Tensor, weights: Sequence[Tensor], windows: Sequence[Window]) -> list[Tensor]:
+    """x, and x by each of the depthwise weights; the gradients of all meet in one map."""
+    x = channels_last(x)
+    direct, *found = _FanOut.apply(x, list(windows), *weights)  # type: ignore[misc]
+    for result, weight, window in zip(found, weights, windows, strict=True):
+        _say_how_to_recompute(result, x.detach(), weight.detach(), window)
+    return [direct, *found]
 
 
 class _Depthwise(torch.autograd.Function):
@@ -60,32 +83,132 @@ class _Depthwise(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         gradient, window = channels_last(gradient), ctx.window
-        dx = dweight = None
-        if ctx.needs_input_grad[0]:
-            dx = _empty(x, x.shape)
-            _run(gradient, weight, dx, window, transposed=True)
-        if ctx.needs_input_grad[1]:
-            rows = weight.new_empty(window.kernel**2, x.shape[1])
-            kernel("depthwise_weight", x.dtype)(
-                *map(address, (x, gradient, rows)),
-                *_sizes(x, gradient),
-                *_numbers(window),
-            )
-            dweight = rows.t().reshape(weight.shape)
-        return dx, dweight, None
+        wants_x, wants_weight, _ = ctx.needs_input_grad
+        return (
+            _towards_input(gradient, weight, window, like=x) if wants_x else None,
+            _towards_weight(x, gradient, weight, window) if wants_weight else None,
+            None,
+        )
 
 
-def _convolved(x: Tensor, weight: Tensor, window: Window) -> Tensor:
+class _NormedDepthwise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, term: Term, window: Window, *tensors: Tensor | None) -> Tensor:
+        ctx.window = window
+        ctx.kept = add_terms([term], tensors[:4], Norms.add_up, None)
+        ctx.save_for_backward(*tensors)
+        weight: Any = tensors[4]
+        return _convolved(term.x, weight, window, ctx.kept)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        *tensors, weight = ctx.saved_tensors
+        gradient, window, wanted = channels_last(gradient), ctx.window, ctx.needs_input_grad
+        dweight = None
+        if wanted[6]:
+            dweight = _towards_weight(tensors[0], gradient, weight, window, ctx.kept)
+        own: Sequence[Tensor | None] = [None] * 4
+        if any(wanted[2:6]):
+            inner = _towards_input(gradient, weight, window, like=tensors[0])
+            own = term_gradients(ctx.kept, tensors, wanted[2:6], inner, None)
+        return None, None, *own, dweight
+
+
+class _FanOut(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, windows: list[Window], *weights: Tensor) -> Any:
+        ctx.windows = windows
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, *weights)
+        return x, *(_convolved(x, w, own) for w, own in zip(weights, windows, strict=True))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, direct: Tensor | None, *gradients: Tensor | None) -> tuple[Any, ...]:
+        x, *weights = ctx.saved_tensors
+        found = None if direct is None else channels_last(direct)
+        dweights: list[Tensor | None] = []
+        for i, (gradient, weight, window) in enumerate(
+            zip(gradients, weights, ctx.windows, strict=True)
+        ):
+            dweights.append(None)
+            if gradient is None:
+                continue
+            gradient = channels_last(gradient)
+            if ctx.needs_input_grad[0]:
+                found = _towards_input(gradient, weight, window, like=x, plus=found)
+            if ctx.needs_input_grad[2 + i]:
+                dweights[i] = _towards_weight(x, gradient, weight, window)
+        return found, None, *dweights
+
+
+def _convolved(x: Tensor, weight: Tensor, window: Window, before: Kept | None = None) -> Tensor:
+    """Of x, or of what the norm and activation before the convolution make of it."""
     out = _empty(x, (*x.shape[:2], *window.out_hw(*x.shape[2:])))
-    _run(x, weight, out, window, transposed=False)
+    _run(x, weight, out, window, before=before)
     return out
 
 
-def _run(x: Tensor, weight: Tensor, out: Tensor, window: Window, *, transposed: bool) -> None:
-    rows = weight.flatten(1).t().contiguous()
-    kernel("depthwise", x.dtype)(
-        *map(address, (x, rows, out)), *_sizes(x, out), *_numbers(window), transposed
+def _say_how_to_recompute(
+    result: Tensor,
+    source: Tensor | Recipe,
+    weight: Tensor,
+    window: Window,
+    before: Kept | None = None,
+) -> None:
+    def again() -> Tensor:
+        x = source if isinstance(source, Tensor) else source()
+        return _convolved(x, weight, window, before)
+
+    give_recipe(result, again)
+
+
+def _towards_input(
+    gradient: Tensor, weight: Tensor, window: Window, *, like: Tensor, plus: Tensor | None = None
+) -> Tensor:
+    """The gradient of a convolution's input, and ``plus``, a map of the same shape."""
+    out = _empty(like, like.shape)
+    _run(gradient, weight, out, window, plus=plus, transposed=True)
+    return out
+
+
+def _towards_weight(
+    x: Tensor, gradient: Tensor, weight: Tensor, window: Window, before: Kept | None = None
+) -> Tensor:
+    found = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    kernel("depthwise_weight", x.dtype)(
+        x.data_ptr(),
+        *_norm_of(before),
+        *map(address, (gradient, found)),
+        *_sizes(x, gradient),
+        *_numbers(window),
     )
+    return found
+
+
+def _run(
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    window: Window,
+    *,
+    before: Kept | None = None,
+    plus: Tensor | None = None,
+    transposed: bool = False,
+) -> None:
+    kernel("depthwise", x.dtype)(
+        x.data_ptr(),
+        *_norm_of(before),
+        *map(address, (weight.contiguous(), plus, out)),
+        *_sizes(x, out),
+        *_numbers(window),
+        transposed,
+    )
+
+
+def _norm_of(before: Kept | None) -> tuple[int | None, int]:
+    return (None, NONE) if before is None else (before.places()[0], before.acts[0])
 
 
 def _sizes(x: Tensor, out: Tensor) -> tuple[int, ...]:

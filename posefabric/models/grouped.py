@@ -17,19 +17,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from posefabric.models.fused import (
-    NONE,
-    RELU,
-    RELU6,
-    Term,
-    takes,
-    takes_norm,
-    weighted_sum,
+from posefabric.models.fused import takes, takes_norm, weighted_sum
+from posefabric.models.fused_convolutions import (
+    Window,
+    depthwise,
+    fan_out,
+    normed_depthwise,
+    pointwise,
 )
-from posefabric.models.fused_convolutions import Window, depthwise, pointwise
 from posefabric.models.kernels import computed_in, load_kernels
 from posefabric.models.posenfs_backbones import Bottleneck, ResNet
 from posefabric.models.recomputing import recomputing
+from posefabric.models.term_calls import NONE, RELU, RELU6, Term
 from posefabric.models.timm_import import import_timm
 from posefabric.space.cell import Cell, FromCoarser, FromFiner, Weight, edge_name, is_zero
 
@@ -143,6 +142,20 @@ class FastBottleneck(Fast):
         return weighted_sum([last, residual], relu=True)
 
 
+class FastInverted(Fast):
+    """timm's inverted residual: its last norm and the shortcut are one computation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        block: Any = self
+        if not takes(x):
+            layer: Any = super()
+            return layer.forward(x)
+        last = open_end(
+            [block.conv_pw, block.bn1, block.conv_dw, block.bn2, block.conv_pwl, block.bn3], x
+        )
+        return weighted_sum([last, Term(x)] if block.has_skip else [last])
+
+
 class FastCell(Fast):
     """A fabric's cell: every sum over sources or candidates is one computation."""
 
@@ -170,10 +183,13 @@ class FastCell(Fast):
             if edge.start not in hidden:
                 hidden[edge.start] = _node(arriving.get(edge.start, []), entry)
             choices = cell.edges[edge_name(edge)]
-            for choice, weight in zip(edge.choices, weights, strict=True):
-                if choice.operation == "zero" or is_zero(weight):
-                    continue
-                term = _candidate_term(choices[choice.operation], hidden[edge.start])
+            open_ones = {
+                choice.operation: weight
+                for choice, weight in zip(edge.choices, weights, strict=True)
+                if choice.operation != "zero" and not is_zero(weight)
+            }
+            terms = _candidate_terms([choices[name] for name in open_ones], hidden[edge.start])
+            for term, weight in zip(terms, open_ones.values(), strict=True):
                 term.weight = weight
                 arriving.setdefault(edge.end, []).append(term)
         nodes = [
@@ -184,30 +200,53 @@ class FastCell(Fast):
 
 
 def chain(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
-    """``layers`` one after the other, each norm with the ReLU behind it."""
+    """``layers`` one after the other, each norm with the ReLU behind it.
+
+    What is a depthwise convolution behind that is computed with it too.
+    """
     i = 0
     while i < len(layers):
-        act = _activation(layers[i + 1]) if i + 1 < len(layers) else None
-        if _is_norm(layers[i]) and act is not None and takes(x) and takes_norm(layers[i], x):
-            x = _normed(layers[i], x, act)
-            i += 2
-        else:
+        act, end = _norm_at(layers, i)
+        if act is None or not takes(x) or not takes_norm(layers[i], x):
             x = layers[i](x)
             i += 1
+            continue
+        conv: Any = layers[end] if end < len(layers) else None
+        if isinstance(conv, FastDepthwise) and _fits(conv, x):
+            norm: Any = layers[i]
+            x = normed_depthwise(x, norm, act, conv.weight, _window(conv, x))
+            end += 1
+        else:
+            x = _normed(layers[i], x, act)
+        i = end
     return x
 
 
 def open_end(layers: Sequence[nn.Module], x: Tensor) -> Term:
     """``layers`` but for a last norm, and a ReLU behind it, which the term says."""
-    act = _activation(layers[-1])
-    place = len(layers) - (1 if act is None else 2)
-    if place >= 0 and _is_norm(layers[place]):
-        before = chain(layers[:place], x)
-        if takes_norm(layers[place], before):
-            norm: Any = layers[place]
-            return Term(before, norm=norm, act=NONE if act is None else act)
-        return Term(chain(layers[place:], before))
+    for place in range(max(0, len(layers) - 2), len(layers)):
+        act, end = _norm_at(layers, place)
+        if act is not None and end == len(layers):
+            before = chain(layers[:place], x)
+            if takes_norm(layers[place], before):
+                norm: Any = layers[place]
+                return Term(before, norm=norm, act=act)
+            return Term(chain(layers[place:], before))
     return Term(chain(layers, x))
+
+
+def _norm_at(layers: Sequence[nn.Module], i: int) -> tuple[int | None, int]:
+    """The activation of a norm in place i, its own or the one behind it, and what comes next.
+
+    None where there is no norm, or one whose activation the kernels do not know.
+    """
+    if not _is_norm(layers[i]):
+        return None, i
+    own = _activation(getattr(layers[i], "act", None))
+    if own != NONE or i + 1 == len(layers):
+        return own, i + 1
+    behind = _activation(layers[i + 1])
+    return (NONE, i + 1) if behind is None else (behind, i + 2)
 
 
 def _normed(norm: Any, x: Tensor, act: int) -> Tensor:
@@ -223,9 +262,27 @@ def _node(terms: list[Term], like: Tensor) -> Tensor:
     return weighted_sum(terms) if terms else torch.zeros_like(like)
 
 
-def _candidate_term(operation: nn.Module, x: Tensor) -> Term:
+def _candidate_terms(operations: Sequence[nn.Module], x: Tensor) -> list[Term]:
+    """Each operation of x; depthwise convolutions that read it are one computation."""
+    rows: list[list[nn.Module]] = [_layers_of(operation) for operation in operations]
+    firsts: list[Any] = [
+        row[0] if row and isinstance(row[0], FastDepthwise) else None for row in rows
+    ]
+    convs = [conv for conv in firsts if conv is not None and _fits(conv, x)]
+    found: dict[int, Tensor] = {}
+    if convs and len(rows) > 1:
+        x, *maps = fan_out(x, [c.weight for c in convs], [_window(c, x) for c in convs])
+        found = {id(conv): own for conv, own in zip(convs, maps, strict=True)}
+    return [
+        open_end(row[1:], found[id(conv)]) if id(conv) in found else open_end(row, x)
+        for row, conv in zip(rows, firsts, strict=True)
+    ]
+
+
+def _layers_of(operation: nn.Module) -> list[nn.Module]:
+    """A candidate's layers in a row."""
     layers: Any = getattr(operation, "operation", operation)
-    return open_end(list(layers), x) if isinstance(layers, nn.Sequential) else Term(operation(x))
+    return list(layers) if isinstance(layers, nn.Sequential) else [operation]
 
 
 def _source_term(source: nn.Module, x: Tensor, weight: Weight) -> Term:
@@ -251,6 +308,8 @@ def _fast_kind(module: nn.Module) -> type | None:
         return FastBottleneck
     if isinstance(module, ResNet):
         return FastResNet
+    if _is_plain_inverted(module):
+        return FastInverted
     if type(module) is nn.Sequential:
         return FastChain
     if _is_norm(module):
@@ -262,6 +321,15 @@ def _fast_kind(module: nn.Module) -> type | None:
             return FastDepthwise
         return FastPointwise if _is_pointwise(module) else FastConv
     return None
+
+
+def _is_plain_inverted(block: Any) -> bool:
+    """timm's block with nothing between its convolutions but norms."""
+    kind = type(block)
+    if kind.__name__ != "InvertedResidual" or not kind.__module__.startswith("timm."):
+        return False
+    between = (block.aa, block.se, block.drop_path)
+    return block.conv_s2d is None and all(isinstance(each, nn.Identity) for each in between)
 
 
 def _is_norm(module: nn.Module) -> bool:

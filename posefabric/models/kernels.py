@@ -21,15 +21,13 @@ NATIVE = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-mar
 OPTIONS = ("-O3", "-fopenmp", "-fno-math-errno", NATIVE)
 
 _P, _I, _D = ctypes.c_void_p, ctypes.c_longlong, ctypes.c_double
+_B = ctypes.c_char_p  # packed structures
 SUFFIX = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
 SIGNATURES: dict[str, tuple[list[type], type | None]] = {
-    "depthwise": ([_P] * 3 + [_I] * 12, None),
-    "depthwise_weight": ([_P] * 3 + [_I] * 11, None),
-    "moments": ([_P, _I, _I, _I, _P], None),
-    "norm_factors": ([_P, _P, _D, _I, _P, _P, _P, _P, _D, _D, _P], None),
-    "mix": ([_I, _P, _P, _P, _P, _I, _I, _I, _P], None),
-    "term_sums": ([_P] * 4 + [_I] * 3 + [_P, _P, _D, _P, _P, _P], _D),
-    "term_input": ([_P] * 4 + [_I] * 3 + [_P, _D, _P, _D, _P], None),
+    "depthwise": ([_P, _P, _I] + [_P] * 3 + [_I] * 12, None),
+    "depthwise_weight": ([_P, _P, _I] + [_P] * 2 + [_I] * 11, None),
+    "weighted_sum": ([_I, _B, _I, _I, _I, _P, _D, _I, _P], None),
+    "weighted_sum_back": ([_I, _B, _I, _I, _I, _P, _P, _P, _P, _D], None),
 }
 
 

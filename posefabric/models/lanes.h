@@ -165,13 +165,13 @@ template <class R, int U, class F> static inline void channel_blocks(Int from, I
   for (; c < to; ++c) f.template run<R, 1>(c);
 }
 
-// Maps to what is computed in, and back.
+// Maps to what is computed in.
 template <class M, class R> static inline void convert(const M* from, R* to, Int size) {
-  typedef Lanes<float>::type V;
-  typedef Lanes<float>::wide W;
-  const Int lanes = sizeof(V) / sizeof(float), wide = sizeof(W) / sizeof(float);
+  typedef typename Lanes<R>::type V;
+  typedef typename Lanes<R>::wide W;
+  const Int lanes = sizeof(V) / sizeof(R), wide = sizeof(W) / sizeof(R);
   Int i = 0;
   for (; i + wide <= size; i += wide) store<W>(to + i, load<W>(from + i));
   for (; i + lanes <= size; i += lanes) store<V>(to + i, load<V>(from + i));
-  for (; i < size; ++i) store<float>(to + i, load<float>(from + i));
+  for (; i < size; ++i) store<R>(to + i, load<R>(from + i));
 }

@@ -11,7 +11,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from posefabric.distributed import add_up, summed
-from posefabric.models.fused import norms_over_all, one_value
+from posefabric.models.term_calls import norms_over_all, one_value
 
 _TORCHS = functional.batch_norm
 

@@ -13,11 +13,12 @@ from networks import EVERY, make_supernet, noise
 from torch import Tensor, nn
 from torch.nn import functional
 
-from posefabric.models.fused import RELU, RELU6, Term, norms_over_all, takes, weighted_sum
+from posefabric.models.fused import takes, weighted_sum
 from posefabric.models.fused_convolutions import Window, depthwise, pointwise
 from posefabric.models.grouped import fast_path
 from posefabric.models.kernels import load_kernels
 from posefabric.models.posenfs_backbones import Bottleneck
+from posefabric.models.term_calls import RELU, RELU6, Term, norms_over_all
 from posefabric.space.operations import build_operation
 
 pytestmark = pytest.mark.skipif(

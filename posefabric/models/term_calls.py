@@ -1,0 +1,223 @@
+"""Calls of the kernels that compute a sum of terms and its gradients: one for all terms."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from posefabric.models.kernels import address, computed_in, kernel, rows_of
+from posefabric.structures import PosefabricError
+
+AddUp = Callable[[Tensor], Tensor]
+
+# The layout of Term and Slope in weighted_sum.h.
+_TERM = struct.Struct("@7Pq3d")
+_SLOPE = struct.Struct("@7P2qd")
+GATHER, FACTORS, MIX = 1, 2, 4
+NONE, RELU, RELU6 = 0, 1, 2
+
+
+class Norms:
+    """What adds up the batches of all processes for norms that see all of them."""
+
+    add_up: AddUp | None = None
+
+
+@contextlib.contextmanager
+def norms_over_all(add_up: AddUp) -> Iterator[None]:
+    """Inside, norms see the batches of all processes.
+
+    ``add_up`` takes float64 (n,) and returns the sum over the processes, all of which call it
+    as often, forward and backward.
+    """
+    before, Norms.add_up = Norms.add_up, add_up
+    try:
+        yield
+    finally:
+        Norms.add_up = before
+
+
+def one_value(shape: torch.Size) -> PosefabricError:
+    return PosefabricError(
+        f"a batch norm sees one value a channel ({tuple(shape)}, all processes together); use a "
+        f"larger batch_size or input_wh"
+    )
+
+
+@dataclass(slots=True)
+class Term:
+    """``weight * act(norm(x))``; x is (B, C, H, W), ``weight`` a scalar."""
+
+    x: Tensor
+    weight: Tensor | float = 1.0
+    norm: nn.BatchNorm2d | None = None
+    act: int = NONE
+
+
+@dataclass(slots=True)
+class Kept:
+    """Of a sum, what its backward pass needs besides the graph's tensors.
+
+    Attributes:
+        stats: (norms, 4, C): mean, 1 / deviation, factor and summand of every norm.
+        values: how many values a channel the norms have seen, in all processes.
+    """
+
+    weights: list[float]
+    acts: list[int]
+    normed: list[bool]
+    stats: Tensor | None
+    values: float
+    add_up: AddUp | None
+
+    def places(self) -> list[int | None]:
+        """Each term's address of its four rows."""
+        if self.stats is None:
+            return [None] * len(self.normed)
+        step = 4 * self.stats.shape[2] * self.stats.element_size()
+        places = itertools.count(self.stats.data_ptr(), step)
+        return [next(places) if normed else None for normed in self.normed]
+
+
+def add_terms(
+    terms: Sequence[Term],
+    tensors: Sequence[Tensor | None],
+    add_up: AddUp | None,
+    out: Tensor | None,
+    *,
+    relu: bool = False,
+) -> Kept:
+    """Fill ``out``, of the maps' shape, with the sum; none: only the norms' statistics.
+
+    Moves the running statistics. ``tensors`` are x, weight, gamma and beta of every term. Raises
+    PosefabricError where norms see one value a channel.
+    """
+    first = tensors[0]
+    assert first is not None
+    rows, channels = rows_of(first)
+    normed = [term.norm is not None for term in terms]
+    count = sum(normed)
+    kept = Kept(
+        weights=[w.item() if isinstance(w := t.weight, Tensor) else float(w) for t in terms],
+        acts=[term.act for term in terms],
+        normed=normed,
+        stats=torch.empty(count, 4, channels, dtype=computed_in(first.dtype)) if count else None,
+        values=float(rows),
+        add_up=add_up if count else None,
+    )
+    packed = b"".join(
+        _TERM.pack(*_addresses(term, tensors[4 * i], stats), term.act, weight, *_rates(term.norm))
+        for i, (term, stats, weight) in enumerate(
+            zip(terms, kept.places(), kept.weights, strict=True)
+        )
+    )
+    run = kernel("weighted_sum", first.dtype)
+    then = 0 if out is None else MIX
+    if kept.add_up is None:
+        wanted = GATHER | FACTORS | then
+        run(len(terms), packed, rows, channels, wanted, None, kept.values, relu, address(out))
+        return kept
+    sums = torch.empty(count * 2 * channels + 1, dtype=torch.float64)
+    run(len(terms), packed, rows, channels, GATHER, sums.data_ptr(), 0.0, False, None)
+    # One operation for all norms of the sum.
+    sums[-1] = rows
+    sums = kept.add_up(sums)
+    kept.values = float(sums[-1])
+    if kept.values <= 1:
+        raise one_value(first.shape)
+    then |= FACTORS
+    run(len(terms), packed, rows, channels, then, sums.data_ptr(), kept.values, relu, address(out))
+    return kept
+
+
+def term_again(x: Tensor, kept: Kept) -> Tensor:
+    """The sum of one normalised term that was computed before."""
+    out = torch.empty_like(x, memory_format=torch.channels_last)
+    own = x.data_ptr(), 0, 0, 0, 0, 0, kept.places()[0] or 0
+    packed = _TERM.pack(*own, kept.acts[0], kept.weights[0], 0.0, 0.0)
+    run = kernel("weighted_sum", x.dtype)
+    run(1, packed, *rows_of(x), MIX, None, kept.values, False, out.data_ptr())
+    return out
+
+
+def term_gradients(
+    kept: Kept,
+    tensors: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+    gradient: Tensor,
+    out: Tensor | None,
+) -> list[Tensor | None]:
+    """Those of x, weight, gamma and beta of every term, where ``wanted`` says so.
+
+    ``gradient`` is the sum's, channels_last; ``out`` the sum, where it went through a ReLU.
+    """
+    count, (rows, channels) = len(kept.weights), rows_of(gradient)
+    empty = torch.empty_like
+    # What the ReLU lets through, once for all terms.
+    passed = empty(gradient) if out is not None and count > 1 else None
+    before_relu = gradient if out is None else passed
+    found: list[Tensor | None] = []
+    packed = []
+    for i, (place, act, weight) in enumerate(
+        zip(kept.places(), kept.acts, kept.weights, strict=True)
+    ):
+        x, scalar, gamma, beta = tensors[4 * i : 4 * i + 4]
+        wants_x, wants_weight, wants_gamma, wants_beta = wanted[4 * i : 4 * i + 4]
+        assert x is not None
+        same = place is None and weight == 1.0 and before_relu is not None
+        dx = before_relu if same else empty(x, memory_format=torch.channels_last)
+        dgamma = empty(gamma) if gamma is not None and wants_gamma else None
+        dbeta = empty(beta) if beta is not None and wants_beta else None
+        wants_weight = wants_weight and scalar is not None
+        packed.append(
+            _SLOPE.pack(
+                x.data_ptr(),
+                *(address(t) or 0 for t in (gamma, beta)),
+                place or 0,
+                *(address(t) or 0 for t in (dgamma, dbeta, dx if wants_x and not same else None)),
+                act,
+                wants_weight,
+                weight,
+            )
+        )
+        found += [dx if wants_x else None, scalar if wants_weight else None, dgamma, dbeta]
+    totals = torch.empty(count, 2 * channels + 1, dtype=torch.float64)
+    run = kernel("weighted_sum_back", gradient.dtype)
+    maps = [address(t) for t in (gradient, out, passed)]
+
+    def call(what: int) -> None:
+        every = b"".join(packed)
+        run(count, every, rows, channels, what, *maps, totals.data_ptr(), kept.values)
+
+    if kept.add_up is None:
+        call(GATHER | MIX)
+    else:
+        call(GATHER)
+        shared = [i for i, normed in enumerate(kept.normed) if normed and wanted[4 * i]]
+        if shared:
+            sums = totals[shared, :-1]
+            totals[shared, :-1] = kept.add_up(sums.flatten()).view_as(sums)
+        call(MIX)
+    for i in range(count):
+        scalar = found[4 * i + 1]
+        if scalar is not None:
+            found[4 * i + 1] = totals[i, -1].to(scalar.dtype)
+    return found
+
+
+def _addresses(term: Term, x: Tensor | None, stats: int | None) -> tuple[int, ...]:
+    norm = term.norm
+    if norm is None:
+        return address(x) or 0, 0, 0, 0, 0, 0, 0
+    own = (x, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    return *(address(t) or 0 for t in own), address(norm.num_batches_tracked) or 0, stats or 0
+
+
+def _rates(norm: nn.BatchNorm2d | None) -> tuple[float, float]:
+    return (0.0, 0.0) if norm is None else (norm.momentum or 0.0, norm.eps)
