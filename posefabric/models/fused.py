@@ -77,11 +77,9 @@ def weighted_sum(terms: Sequence[Term], *, relu: bool = False) -> Tensor:
         # As the plain sum of maps in bfloat16 and float32.
         widest = functools.reduce(torch.promote_types, kinds)
         terms = [dataclasses.replace(term, x=term.x.to(widest)) for term in terms]
-    tensors: list[Tensor | None] = []
     for term in terms:
-        scalar = term.weight if isinstance(term.weight, Tensor) else None
-        affine = (None, None) if term.norm is None else (term.norm.weight, term.norm.bias)
-        tensors += [channels_last(term.x), scalar, *affine]
+        term.x = channels_last(term.x)
+    tensors = [tensor for term in terms for tensor in term.tensors()]
     result: Tensor = _WeightedSum.apply(list(terms), relu, *tensors)  # type: ignore[assignment]
     only = terms[0]
     if len(terms) == 1 and only.act != NONE and only.norm is not None and not relu:

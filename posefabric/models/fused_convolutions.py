@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from posefabric.models.kernels import address, channels_last, kernel
@@ -45,16 +45,14 @@ def depthwise(x: Tensor, weight: Tensor, window: Window) -> Tensor:
     return result
 
 
-def normed_depthwise(
-    x: Tensor, norm: nn.BatchNorm2d, act: int, weight: Tensor, window: Window
-) -> Tensor:
-    """``depthwise(act(norm(x)), weight, window)`` without the map between the two.
+def normed_depthwise(term: Term, weight: Tensor, window: Window) -> Tensor:
+    """``depthwise`` of a term without weight, and without the map between the two.
 
     The norm must be such that ``takes_norm``.
     """
-    term = Term(channels_last(x), norm=norm, act=act)
+    term.x = channels_last(term.x)
     result: Tensor = _NormedDepthwise.apply(  # type: ignore[assignment]
-        term, window, term.x, None, norm.weight, norm.bias, weight
+        term, window, weight, *term.tensors()
     )
     node: Any = result.grad_fn
     if node is not None:
@@ -93,26 +91,26 @@ class _Depthwise(torch.autograd.Function):
 
 class _NormedDepthwise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, term: Term, window: Window, *tensors: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, term: Term, window: Window, weight: Tensor, *tensors: Tensor | None
+    ) -> Tensor:
         ctx.window = window
-        ctx.kept = add_terms([term], tensors[:4], Norms.add_up, None)
-        ctx.save_for_backward(*tensors)
-        weight: Any = tensors[4]
+        ctx.kept = add_terms([term], tensors, Norms.add_up, None)
+        ctx.save_for_backward(weight, *tensors)
         return _convolved(term.x, weight, window, ctx.kept)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        *tensors, weight = ctx.saved_tensors
-        gradient, window, wanted = channels_last(gradient), ctx.window, ctx.needs_input_grad
-        dweight = None
-        if wanted[6]:
-            dweight = _towards_weight(tensors[0], gradient, weight, window, ctx.kept)
-        own: Sequence[Tensor | None] = [None] * 4
-        if any(wanted[2:6]):
-            inner = _towards_input(gradient, weight, window, like=tensors[0])
-            own = term_gradients(ctx.kept, tensors, wanted[2:6], inner, None)
-        return None, None, *own, dweight
+        weight, *tensors = ctx.saved_tensors
+        gradient, window, kept = channels_last(gradient), ctx.window, ctx.kept
+        _, _, wants_weight, *wanted = ctx.needs_input_grad
+        x = tensors[0]
+        dweight = _towards_weight(x, gradient, weight, window, kept) if wants_weight else None
+        if not any(wanted):
+            return None, None, dweight, *[None] * len(wanted)
+        inner = _towards_input(gradient, weight, window, like=x)
+        return None, None, dweight, *term_gradients(kept, tensors, wanted, inner, None)
 
 
 class _FanOut(torch.autograd.Function):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -86,15 +86,28 @@ class FastConv(Fast):
         layer: Any = super()
         return recomputing(layer.forward, input)
 
+    def without_bias(self, input: Tensor) -> Tensor:
+        """Of torch's own convolution: the same without its bias."""
+        module: Any = self
+        return recomputing(lambda x: module._conv_forward(x, module.weight, None), input)
+
 
 class FastPointwise(FastConv):
     """A 1x1 convolution of every pixel, as a matrix product where that pays."""
 
     def forward(self, input: Tensor) -> Tensor:
-        module: Any = self
-        if not (_fits(module, input) and _pays_as_product(module, input)):
-            return super().forward(input)
-        return recomputing(lambda x: pointwise(x, module.weight, module.bias), input)
+        bias = cast(Any, self).bias
+        return self._product(input, bias) if self._pays(input) else super().forward(input)
+
+    def without_bias(self, input: Tensor) -> Tensor:
+        return self._product(input, None) if self._pays(input) else super().without_bias(input)
+
+    def _pays(self, input: Tensor) -> bool:
+        return _fits(self, input) and _pays_as_product(self, input)
+
+    def _product(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        weight = cast(Any, self).weight
+        return recomputing(lambda x: pointwise(x, weight, bias), input)
 
 
 class FastDepthwise(Fast):
@@ -196,30 +209,45 @@ class FastCell(Fast):
             hidden[n] if n in hidden else _node(arriving.get(n, []), entry) for n in cell.nodes
         ]
         joined = nodes[0] if len(nodes) == 1 else torch.cat(nodes, dim=1)
-        return cell.norm(cell.keep(joined))
+        return chain([cell.keep, cell.norm], joined)
 
 
 def chain(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
     """``layers`` one after the other, each norm with the ReLU behind it.
 
-    What is a depthwise convolution behind that is computed with it too.
+    What is a depthwise convolution behind that is computed with it too, and the bias of a
+    convolution before it is left out.
     """
+    return _chain(layers, x)[0]
+
+
+def _chain(
+    layers: Sequence[nn.Module], x: Tensor, *, then: nn.Module | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The same before a norm ``then``, and the bias that the last convolution was without."""
+    bias: Tensor | None = None
     i = 0
     while i < len(layers):
+        layer: Any = layers[i]
         act, end = _norm_at(layers, i)
-        if act is None or not takes(x) or not takes_norm(layers[i], x):
-            x = layers[i](x)
-            i += 1
+        if act is not None and takes(x) and takes_norm(layer, x):
+            conv: Any = layers[end] if end < len(layers) else None
+            term = Term(x, norm=layer, act=act, bias=bias)
+            if isinstance(conv, FastDepthwise) and _fits(conv, x):
+                weight = cast(Any, conv).weight
+                x = normed_depthwise(term, weight, _window(conv, x))
+                end += 1
+            else:
+                x = weighted_sum([term])
+            i, bias = end, None
             continue
-        conv: Any = layers[end] if end < len(layers) else None
-        if isinstance(conv, FastDepthwise) and _fits(conv, x):
-            norm: Any = layers[i]
-            x = normed_depthwise(x, norm, act, conv.weight, _window(conv, x))
-            end += 1
+        following = layers[i + 1] if i + 1 < len(layers) else then
+        if _is_biased(layer) and following is not None and _is_norm(following) and takes(x):
+            x, bias = layer.without_bias(x), layer.bias
         else:
-            x = _normed(layers[i], x, act)
-        i = end
-    return x
+            x, bias = layer(_plus(x, bias)), None
+        i += 1
+    return x, bias
 
 
 def open_end(layers: Sequence[nn.Module], x: Tensor) -> Term:
@@ -227,12 +255,21 @@ def open_end(layers: Sequence[nn.Module], x: Tensor) -> Term:
     for place in range(max(0, len(layers) - 2), len(layers)):
         act, end = _norm_at(layers, place)
         if act is not None and end == len(layers):
-            before = chain(layers[:place], x)
-            if takes_norm(layers[place], before):
-                norm: Any = layers[place]
-                return Term(before, norm=norm, act=act)
-            return Term(chain(layers[place:], before))
+            norm: Any = layers[place]
+            before, bias = _chain(layers[:place], x, then=norm)
+            if takes_norm(norm, before):
+                return Term(before, norm=norm, act=act, bias=bias)
+            return Term(chain(layers[place:], _plus(before, bias)))
     return Term(chain(layers, x))
+
+
+def _plus(x: Tensor, bias: Tensor | None) -> Tensor:
+    return x if bias is None else x + bias.view(1, -1, 1, 1).to(x.dtype)
+
+
+def _is_biased(layer: nn.Module) -> bool:
+    known = isinstance(layer, FastConv) and layer.plain is nn.Conv2d
+    return known and cast(Any, layer).bias is not None
 
 
 def _norm_at(layers: Sequence[nn.Module], i: int) -> tuple[int | None, int]:

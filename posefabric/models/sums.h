@@ -80,11 +80,11 @@ static void moments(const M* x, Int rows, Int channels, Int about_zero, double* 
 
 // Of the moments about `origin` (none: zero) of `rows` values a channel, which may be more than this
 // process has: mean, 1 / deviation, and the factor and summand of the norm, four rows of C. Moves
-// the running statistics, where there are any.
+// the running statistics, where there are any; their mean is that of x + bias.
 template <class M, class R>
 static void norm_factors(const double* sums, const M* origin, double rows, Int channels,
-                         const R* gamma, const R* beta, R* running_mean, R* running_var,
-                         double momentum, double eps, R* out) {
+                         const R* gamma, const R* beta, const R* bias, R* running_mean,
+                         R* running_var, double momentum, double eps, R* out) {
   for (Int c = 0; c < channels; ++c) {
     const double off = sums[c] / rows, mean = (origin ? load<R>(origin + c) : R(0)) + off;
     // A comparison that keeps what is not a number.
@@ -98,7 +98,7 @@ static void norm_factors(const double* sums, const M* origin, double rows, Int c
     out[3 * channels + c] = (beta ? beta[c] : 0.0) - mean * factor;
     if (running_mean) {
       const double unbiased = variance * rows / (rows > 1 ? rows - 1 : 1);
-      running_mean[c] += momentum * (mean - running_mean[c]);
+      running_mean[c] += momentum * (mean + (bias ? bias[c] : 0.0) - running_mean[c]);
       running_var[c] += momentum * (unbiased - running_var[c]);
     }
   }

@@ -131,22 +131,18 @@ class Supernet(FabricNetwork):
             alpha, beta = alpha * operations, beta * 3
         # What weighs exactly nothing changes neither outputs nor gradients; training leaves it
         # out. Evaluation computes all of it: a mixture costs what its candidates cost.
-        no_alpha = (
-            (alpha == 0).logical_and(torch.tensor(self.training, device=alpha.device)).tolist()
-        )
-        no_beta = (beta == 0).logical_and(torch.tensor(self.training, device=alpha.device)).tolist()
+        choices, sources = _numbers(alpha, self.training), _numbers(beta, self.training)
+        edges = alpha.shape[1]
         weights = []
         for row, cell in enumerate(part.cells):
-            alpha_row = row if alpha.shape[0] > 1 else 0
-            sources = [_weight(beta[row, s.slot], no_beta[row][s.slot]) for s in cell.sources]
-            choices = [
-                [
-                    _weight(alpha[alpha_row, edge, i], no_alpha[alpha_row][edge][i])
-                    for i in range(operations)
-                ]
+            first = row * edges if alpha.shape[0] > 1 else 0
+            own = [
+                choices[(first + edge) * operations : (first + edge + 1) * operations]
                 for edge in range(len(cell.edges))
             ]
-            weights.append(CellWeights(sources=sources, choices=choices))
+            weights.append(
+                CellWeights(sources=[sources[3 * row + s.slot] for s in cell.sources], choices=own)
+            )
         return weights
 
     def architecture(self) -> Architecture:
@@ -190,8 +186,12 @@ def _absent_sources(shape: FabricShape) -> Tensor:
     return absent
 
 
-def _weight(value: Tensor, left_out: bool) -> Weight:
-    return 0.0 if left_out else value
+def _numbers(weights: Tensor, training: bool) -> list[Weight]:
+    """Every weight, in order, as a scalar; while training those of nothing are the number 0."""
+    flat = weights.flatten()
+    nothing = (flat == 0).logical_and(torch.tensor(training, device=flat.device)).tolist()
+    scalars = flat.unbind()
+    return [0.0 if none else value for none, value in zip(nothing, scalars, strict=True)]
 
 
 def _weighted(part: Part, weights: list[CellWeights]) -> Part:

@@ -17,7 +17,7 @@ from posefabric.structures import PosefabricError
 AddUp = Callable[[Tensor], Tensor]
 
 # The layout of Term and Slope in weighted_sum.h.
-_TERM = struct.Struct("@7Pq3d")
+_TERM = struct.Struct("@8Pq3d")
 _SLOPE = struct.Struct("@7P2qd")
 GATHER, FACTORS, MIX = 1, 2, 4
 NONE, RELU, RELU6 = 0, 1, 2
@@ -52,12 +52,25 @@ def one_value(shape: torch.Size) -> PosefabricError:
 
 @dataclass(slots=True)
 class Term:
-    """``weight * act(norm(x))``; x is (B, C, H, W), ``weight`` a scalar."""
+    """``weight * act(norm(x + bias))``; x is (B, C, H, W), ``weight`` a scalar.
+
+    ``bias`` (C,) is that of the convolution before the norm, which takes it away again: it only
+    moves the running mean, and its gradient is zero.
+    """
 
     x: Tensor
     weight: Tensor | float = 1.0
     norm: nn.BatchNorm2d | None = None
     act: int = NONE
+    bias: Tensor | None = None
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """x, weight, gamma, beta and bias, where they are tensors."""
+        scalar = self.weight if isinstance(self.weight, Tensor) else None
+        norm = self.norm
+        if norm is None:
+            return self.x, scalar, None, None, None
+        return self.x, scalar, norm.weight, norm.bias, self.bias
 
 
 @dataclass(slots=True)
@@ -95,7 +108,7 @@ def add_terms(
 ) -> Kept:
     """Fill ``out``, of the maps' shape, with the sum; none: only the norms' statistics.
 
-    Moves the running statistics. ``tensors`` are x, weight, gamma and beta of every term. Raises
+    Moves the running statistics. ``tensors`` are those of every term. Raises
     PosefabricError where norms see one value a channel.
     """
     first = tensors[0]
@@ -112,8 +125,8 @@ def add_terms(
         add_up=add_up if count else None,
     )
     packed = b"".join(
-        _TERM.pack(*_addresses(term, tensors[4 * i], stats), term.act, weight, *_rates(term.norm))
-        for i, (term, stats, weight) in enumerate(
+        _TERM.pack(*_addresses(term, tensors[5 * i : 5 * i + 5], place), *_numbers(term, weight))
+        for i, (term, place, weight) in enumerate(
             zip(terms, kept.places(), kept.weights, strict=True)
         )
     )
@@ -139,7 +152,7 @@ def add_terms(
 def term_again(x: Tensor, kept: Kept) -> Tensor:
     """The sum of one normalised term that was computed before."""
     out = torch.empty_like(x, memory_format=torch.channels_last)
-    own = x.data_ptr(), 0, 0, 0, 0, 0, kept.places()[0] or 0
+    own = x.data_ptr(), 0, 0, 0, 0, 0, 0, kept.places()[0] or 0
     packed = _TERM.pack(*own, kept.acts[0], kept.weights[0], 0.0, 0.0)
     run = kernel("weighted_sum", x.dtype)
     run(1, packed, *rows_of(x), MIX, None, kept.values, False, out.data_ptr())
@@ -153,7 +166,7 @@ def term_gradients(
     gradient: Tensor,
     out: Tensor | None,
 ) -> list[Tensor | None]:
-    """Those of x, weight, gamma and beta of every term, where ``wanted`` says so.
+    """Those of every term's tensors, where ``wanted`` says so.
 
     ``gradient`` is the sum's, channels_last; ``out`` the sum, where it went through a ReLU.
     """
@@ -167,8 +180,8 @@ def term_gradients(
     for i, (place, act, weight) in enumerate(
         zip(kept.places(), kept.acts, kept.weights, strict=True)
     ):
-        x, scalar, gamma, beta = tensors[4 * i : 4 * i + 4]
-        wants_x, wants_weight, wants_gamma, wants_beta = wanted[4 * i : 4 * i + 4]
+        x, scalar, gamma, beta, bias = tensors[5 * i : 5 * i + 5]
+        wants_x, wants_weight, wants_gamma, wants_beta, wants_bias = wanted[5 * i : 5 * i + 5]
         assert x is not None
         same = place is None and weight == 1.0 and before_relu is not None
         dx = before_relu if same else empty(x, memory_format=torch.channels_last)
@@ -186,7 +199,8 @@ def term_gradients(
                 weight,
             )
         )
-        found += [dx if wants_x else None, scalar if wants_weight else None, dgamma, dbeta]
+        none = torch.zeros_like(bias) if bias is not None and wants_bias else None
+        found += [dx if wants_x else None, scalar if wants_weight else None, dgamma, dbeta, none]
     totals = torch.empty(count, 2 * channels + 1, dtype=torch.float64)
     run = kernel("weighted_sum_back", gradient.dtype)
     maps = [address(t) for t in (gradient, out, passed)]
@@ -199,25 +213,29 @@ def term_gradients(
         call(GATHER | MIX)
     else:
         call(GATHER)
-        shared = [i for i, normed in enumerate(kept.normed) if normed and wanted[4 * i]]
+        shared = [i for i, normed in enumerate(kept.normed) if normed and wanted[5 * i]]
         if shared:
             sums = totals[shared, :-1]
             totals[shared, :-1] = kept.add_up(sums.flatten()).view_as(sums)
         call(MIX)
     for i in range(count):
-        scalar = found[4 * i + 1]
+        scalar = found[5 * i + 1]
         if scalar is not None:
-            found[4 * i + 1] = totals[i, -1].to(scalar.dtype)
+            found[5 * i + 1] = totals[i, -1].to(scalar.dtype)
     return found
 
 
-def _addresses(term: Term, x: Tensor | None, stats: int | None) -> tuple[int, ...]:
+def _addresses(term: Term, tensors: Sequence[Tensor | None], stats: int | None) -> tuple[int, ...]:
+    x, _, gamma, beta, bias = tensors
     norm = term.norm
     if norm is None:
-        return address(x) or 0, 0, 0, 0, 0, 0, 0
-    own = (x, norm.weight, norm.bias, norm.running_mean, norm.running_var)
-    return *(address(t) or 0 for t in own), address(norm.num_batches_tracked) or 0, stats or 0
+        return address(x) or 0, 0, 0, 0, 0, 0, 0, 0
+    own = (x, gamma, beta, bias, norm.running_mean, norm.running_var, norm.num_batches_tracked)
+    return *(address(t) or 0 for t in own), stats or 0
 
 
-def _rates(norm: nn.BatchNorm2d | None) -> tuple[float, float]:
-    return (0.0, 0.0) if norm is None else (norm.momentum or 0.0, norm.eps)
+def _numbers(term: Term, weight: float) -> tuple[int, float, float, float]:
+    norm = term.norm
+    if norm is None:
+        return term.act, weight, 0.0, 0.0
+    return term.act, weight, norm.momentum or 0.0, norm.eps

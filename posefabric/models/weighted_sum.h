@@ -7,7 +7,7 @@
 // Of a term, forwards. `stats` is null without a norm, else four rows of C to be filled.
 template <class M, class R> struct Term {
   const M* x;
-  const R *gamma, *beta;
+  const R *gamma, *beta, *bias;
   R *running_mean, *running_var;
   Int* batches;
   R* stats;
@@ -32,7 +32,7 @@ static void weighted_sum(Int count, const Term<M, R>* terms, Int rows, Int chann
     if (wanted & GATHER) moments<M, R>(term.x, rows, channels, !whole, found);
     if (wanted & FACTORS) {
       norm_factors<M, R>(found, whole ? term.x : nullptr, values, channels, term.gamma, term.beta,
-                         term.running_mean, term.running_var, term.momentum, term.eps, term.stats);
+                         term.bias, term.running_mean, term.running_var, term.momentum, term.eps, term.stats);
       if (term.batches) ++*term.batches;
     }
     if (place) place += 2 * channels;

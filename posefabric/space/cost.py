@@ -72,13 +72,19 @@ def keep_cost(cell: Cell, size: Size, table: Table | None = None) -> Cost:
     return _pointwise_cost(cell.width * nodes, cell.width, size, table)
 
 
+@functools.lru_cache(maxsize=4096)
+def _adapting_cost(channels: int, width: int, size: Size) -> Cost:
+    return _measured(lambda: adapt_width(channels, width, False), channels, size)
+
+
 def reduce_cost(
     part: Part, channels: int, scale: int, input_wh: Size, table: Table | None = None
 ) -> Cost:
     """The 1x1 convolution that brings a backbone's level to a part's width."""
     width, size = level_widths(part)[scale], map_size(input_wh, scale)
-    cost = _measured(lambda: adapt_width(channels, width, False), channels, size)
-    return cost.timed(Piece("pointwise", "conv_1x1", channels, width, size), table)
+    return _adapting_cost(channels, width, size).timed(
+        Piece("pointwise", "conv_1x1", channels, width, size), table
+    )
 
 
 def head_cost(part: Part, graph: Architecture, table: Table | None = None) -> Cost:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from posefabric.config import OptimConfig
 from posefabric.data.pipeline import TrainingData
@@ -28,6 +28,7 @@ from posefabric.train.held_out import ArchitectureTrainer
 from posefabric.train.loss import make_loss
 from posefabric.train.optim import (
     AveragedWeights,
+    clip,
     make_optimiser,
     rate_factor,
     rates_by_name,
@@ -201,7 +202,7 @@ class Trainer:
             self._scaler.scale(self._ranks.penalty(penalty)).backward()
         loss = self._ranks.gather(share)
         self._scaler.unscale_(self._optimiser)
-        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.optim.clip_norm)
+        norm = clip(self.network.parameters(), self.optim.clip_norm)
         objective = loss if penalty is None else loss + penalty.detach()
         finite = bool(torch.isfinite(objective) & torch.isfinite(norm))
         record: dict[str, Any] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,18 @@ def head_factor(config: OptimConfig, network: nn.Module) -> float:
         return config.head_factor
     logits = isinstance(network, PoseNetwork) and network.graph.head.kind == "heatmap"
     return LOGIT_FACTOR if logits and config.loss == "cross_entropy" else 1.0
+
+
+def clip(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
+    """The norm of all gradients, which are brought down to ``limit`` in place where it is higher.
+
+    As torch's ``clip_grad_norm_``, without its product by one where nothing is clipped.
+    """
+    own = [p for p in parameters if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in own if p.grad is not None])
+    if not norm + 1e-6 <= limit:
+        nn.utils.clip_grads_with_norm_(own, limit, norm)
+    return norm
 
 
 def rate_factor(config: OptimConfig, progress: float) -> float:

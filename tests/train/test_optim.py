@@ -13,6 +13,7 @@ from torch import nn
 from posefabric.config import OptimConfig
 from posefabric.train.optim import (
     AveragedWeights,
+    clip,
     head_factor,
     make_optimiser,
     rate_factor,
@@ -136,3 +137,16 @@ def test_the_temperature_is_not_averaged() -> None:
     average.copy_to(network)
     assert network.get_buffer("temperature").item() == pytest.approx(0.1)
     assert "alphas.upper" in average.state and "betas.upper" in average.state
+
+
+@pytest.mark.parametrize("size", [0.01, 1.0, 100.0, math.inf, math.nan])
+def test_clipping_is_torchs(size: float) -> None:
+    """Far below, near and far above the limit, and where there is no norm."""
+    ours, theirs = ([nn.Parameter(torch.zeros(n)) for n in (3, 5, 2)] for _ in range(2))
+    for a, b in zip(ours[:2], theirs[:2], strict=True):
+        a.grad = torch.randn(a.shape) * size
+        b.grad = a.grad.clone()
+    norm, expected = clip(ours, 2.0), nn.utils.clip_grad_norm_(theirs, 2.0)
+    torch.testing.assert_close(norm, expected, rtol=0, atol=0, equal_nan=True)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=0, equal_nan=True)
