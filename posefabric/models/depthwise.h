@@ -3,9 +3,25 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "sums.h"
+
+// Room for `size` values, as they are left: one block a thread and SLOT, kept for the next call.
+// Whole lines of the cache, which wide vectors would else be cut by.
+template <class T, int SLOT> static T* room(Int size) {
+  static thread_local std::unique_ptr<T[]> held;
+  static thread_local Int held_size = 0;
+  const Int line = 64 / sizeof(T);
+  if (held_size < size) {
+    held.reset(new T[size + line]);
+    held_size = size;
+  }
+  const auto place = reinterpret_cast<std::uintptr_t>(held.get());
+  return held.get() + (64 - place % 64) % 64 / sizeof(T);
+}
 
 struct Tap {
   Int place, weight;
@@ -163,7 +179,6 @@ static void depthwise(const M* source, Before<R> before, const R* kernels, const
   for (after = inner; after < out_width && (Int)columns[after].size() == kernel;) ++after;
 #pragma omp parallel
   {
-    std::vector<R> converted;
 #pragma omp for collapse(2) schedule(static)
     for (Int b = 0; b < batch; ++b)
       for (Int n = 0; n < strips; ++n) {
@@ -177,11 +192,11 @@ static void depthwise(const M* source, Before<R> before, const R* kernels, const
               first = std::min(first, tap.place);
               last = std::max(last, tap.place + 1);
             }
-          converted.resize(std::max<Int>(1, (last - first) * line));
+          R* converted = room<R, 0>(std::max<Int>(1, (last - first) * line));
           if (last > first)
-            take(image + first * line, before, converted.data(), (last - first) * width, channels,
-                 0, channels);
-          read = converted.data() - first * line;
+            take(image + first * line, before, converted, (last - first) * width, channels, 0,
+                 channels);
+          read = converted - first * line;
         }
         for (Int y = n * strip; y < end; ++y) {
           const Int begin = (b * out_height + y) * out_width * channels;
@@ -281,7 +296,7 @@ static void depthwise_weight(const M* source, Before<R> before, const M* slope, 
   std::vector<R> sums(pieces * size, R(0));
 #pragma omp parallel
   {
-    std::vector<R> own_source, own_slope, own_sums;
+    std::vector<R> own_sums;
 #pragma omp for collapse(2) schedule(static)
     for (Int p = 0; p < pieces; ++p)
       for (Int n = 0; n < blocks; ++n) {
@@ -295,19 +310,18 @@ static void depthwise_weight(const M* source, Before<R> before, const M* slope, 
           channel_blocks<R, 4>(first, first + count, piece);
           continue;
         }
-        own_source.resize(area * count);
-        own_slope.resize(out_area * count);
+        R *own_source = room<R, 0>(area * count), *own_slope = room<R, 1>(out_area * count);
         own_sums.assign(kernel * kernel * count, R(0));
-        piece.source = own_source.data();
-        piece.slope = own_slope.data();
+        piece.source = own_source;
+        piece.slope = own_slope;
         piece.sums = own_sums.data();
         piece.from = 0;
         piece.to = 1;
         piece.channels = count;
         for (Int b = from; b < to; ++b) {
-          take(source + b * area * channels, before, own_source.data(), area, channels, first,
+          take(source + b * area * channels, before, own_source, area, channels, first,
                count);
-          take(slope + b * out_area * channels, Before<R>{nullptr, NONE}, own_slope.data(),
+          take(slope + b * out_area * channels, Before<R>{nullptr, NONE}, own_slope,
                out_area, channels, first, count);
           channel_blocks<R, 4>(0, count, piece);
         }
