@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from posefabric.models.kernels import address, channels_last, kernel
+from posefabric.models.kernels import address, channels_last, has_tiles, kernel
 from posefabric.models.recomputing import Recipe, give_recipe, recipe_of
 from posefabric.models.term_calls import NONE, Kept, Norms, Term, add_terms, term_gradients
 
@@ -232,9 +232,14 @@ class _Pointwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        matrix = weight.flatten(1).t().to(x.dtype)
-        # Not a view of the product: whoever comes next may write into it.
+        # Not a view of a product: whoever comes next may write into it.
         out = _empty(x, (x.shape[0], weight.shape[0], *x.shape[2:]))
+        if _on_tiles(x):
+            kernel("pointwise", x.dtype)(
+                *map(address, (x, weight.contiguous(), bias, out)), *_matrix(x, weight), False
+            )
+            return out
+        matrix = weight.flatten(1).t().to(x.dtype)
         if bias is None:
             torch.mm(_pixels(x), matrix, out=_pixels(out))
         else:
@@ -244,16 +249,50 @@ class _Pointwise(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        slopes = _pixels(channels_last(gradient))
+        gradient = channels_last(gradient)
         x, weight = ctx.saved_tensors
-        dx = dweight = dbias = None
-        if ctx.needs_input_grad[0]:
-            dx = _image(slopes @ weight.flatten(1).to(x.dtype), x)
-        if ctx.needs_input_grad[1]:
-            dweight = (slopes.t() @ _pixels(x)).view(weight.shape).to(weight.dtype)
-        if ctx.needs_input_grad[2]:
-            dbias = slopes.sum(0, dtype=weight.dtype)
-        return dx, dweight, dbias
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        towards = _product_gradients_on_tiles if _on_tiles(x) else _product_gradients
+        dbias = _pixels(gradient).sum(0, dtype=weight.dtype) if wants_bias else None
+        return *towards(x, weight, gradient, wants_x, wants_weight), dbias
+
+
+def _product_gradients(
+    x: Tensor, weight: Tensor, gradient: Tensor, wants_x: bool, wants_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    slopes = _pixels(gradient)
+    dx = dweight = None
+    if wants_x:
+        dx = _image(slopes @ weight.flatten(1).to(x.dtype), x)
+    if wants_weight:
+        dweight = (slopes.t() @ _pixels(x)).view(weight.shape).to(weight.dtype)
+    return dx, dweight
+
+
+def _product_gradients_on_tiles(
+    x: Tensor, weight: Tensor, gradient: Tensor, wants_x: bool, wants_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    dx = _empty(x, x.shape) if wants_x else None
+    dweight = None
+    if dx is not None:
+        kernel("pointwise", x.dtype)(
+            *map(address, (gradient, weight.contiguous(), None, dx)), *_matrix(x, weight), True
+        )
+    if wants_weight:
+        dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        kernel("pointwise_weight", x.dtype)(
+            *map(address, (x, gradient, dweight)), *_matrix(x, weight)
+        )
+    return dx, dweight
+
+
+def _on_tiles(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16 and has_tiles()
+
+
+def _matrix(x: Tensor, weight: Tensor) -> tuple[int, int, int]:
+    """Pixels, channels in and channels out."""
+    return x.numel() // x.shape[1], weight.shape[1], weight.shape[0]
 
 
 def _pixels(x: Tensor) -> Tensor:

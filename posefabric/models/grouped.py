@@ -25,7 +25,7 @@ from posefabric.models.fused_convolutions import (
     normed_depthwise,
     pointwise,
 )
-from posefabric.models.kernels import computed_in, load_kernels
+from posefabric.models.kernels import computed_in, has_tiles, load_kernels
 from posefabric.models.posenfs_backbones import Bottleneck, ResNet
 from posefabric.models.recomputing import recomputing
 from posefabric.models.term_calls import NONE, RELU, RELU6, Term
@@ -402,11 +402,11 @@ def _is_pointwise(conv: nn.Conv2d) -> bool:
 def _pays_as_product(conv: Any, x: Tensor) -> bool:
     """Wide convolutions of large maps are faster as PyTorch has them (docs/performance.md).
 
-    So are all but those of the smallest maps in bfloat16.
+    So are, in bfloat16 without tiles, all but those of the smallest maps.
     """
     pixels = x.numel() // x.shape[1]
     if x.dtype == torch.bfloat16:
-        return pixels <= 512
+        return pixels <= 512 or has_tiles()
     return max(conv.in_channels, conv.out_channels) <= 128 or pixels <= 4096
 
 

@@ -9,6 +9,7 @@
 #include <omp.h>
 
 #include "depthwise.h"
+#include "pointwise.h"
 #include "weighted_sum.h"
 
 // Of the OpenMP that these kernels use, of which torch may have another copy.
@@ -41,3 +42,20 @@ extern "C" Int threads() { return omp_get_max_threads(); }
 EXPORT(float, float, f32)
 EXPORT(double, double, f64)
 EXPORT(Bf16, float, bf16)
+
+// Of maps in bfloat16, where the processor has tiles for it.
+extern "C" Int has_tiles() {
+#if HAS_TILES
+  return tiles_granted();
+#else
+  return 0;
+#endif
+}
+extern "C" void pointwise_bf16(const Bf16* x, const float* w, const float* bias, Bf16* y, Int n,
+                               Int in, Int out, Int transposed) {
+  pointwise(x, w, bias, y, n, in, out, transposed);
+}
+extern "C" void pointwise_weight_bf16(const Bf16* x, const Bf16* g, float* dw, Int n, Int in,
+                                      Int out) {
+  pointwise_weight(x, g, dw, n, in, out);
+}

@@ -57,9 +57,21 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         for suffix in SUFFIX.values():
             function = getattr(library, f"{name}_{suffix}")
             function.argtypes, function.restype = arguments, result
+    tiles: Any = library
+    tiles.pointwise_bf16.argtypes, tiles.pointwise_bf16.restype = [_P] * 4 + [_I] * 4, None
+    tiles.pointwise_weight_bf16.argtypes = [_P] * 3 + [_I] * 3
+    tiles.pointwise_weight_bf16.restype = None
+    tiles.has_tiles.argtypes, tiles.has_tiles.restype = [], _I
     library.use_threads.argtypes, library.use_threads.restype = [_I], None
     library.threads.argtypes, library.threads.restype = [], _I
     return library
+
+
+@functools.cache
+def has_tiles() -> bool:
+    """Whether the kernels multiply matrices in bfloat16 on the processor's tiles (AMX)."""
+    library = load_kernels().library
+    return library is not None and bool(library.has_tiles())
 
 
 def kernel(name: str, dtype: torch.dtype) -> Callable[..., Any]:
