@@ -228,6 +228,11 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _Pointwise.apply(channels_last(x), weight, bias)  # type: ignore[return-value]
 
 
+def pointwise_beside(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """x and ``pointwise`` of it; the gradients of both meet in one map."""
+    return _PointwiseBeside.apply(channels_last(x), weight, bias)  # type: ignore[return-value]
+
+
 class _Pointwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -236,7 +241,9 @@ class _Pointwise(torch.autograd.Function):
         out = _empty(x, (x.shape[0], weight.shape[0], *x.shape[2:]))
         if _on_tiles(x):
             kernel("pointwise", x.dtype)(
-                *map(address, (x, weight.contiguous(), bias, out)), *_matrix(x, weight), False
+                *map(address, (x, weight.contiguous(), bias, None, out)),
+                *_matrix(x, weight),
+                False,
             )
             return out
         matrix = weight.flatten(1).t().to(x.dtype)
@@ -249,41 +256,56 @@ class _Pointwise(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = channels_last(gradient)
         x, weight = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
-        towards = _product_gradients_on_tiles if _on_tiles(x) else _product_gradients
-        dbias = _pixels(gradient).sum(0, dtype=weight.dtype) if wants_bias else None
-        return *towards(x, weight, gradient, wants_x, wants_weight), dbias
+        return _towards_all(x, weight, channels_last(gradient), ctx.needs_input_grad, None)
 
 
-def _product_gradients(
-    x: Tensor, weight: Tensor, gradient: Tensor, wants_x: bool, wants_weight: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    slopes = _pixels(gradient)
+class _PointwiseBeside(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        return x, _Pointwise.forward(ctx, x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, direct: Tensor | None, gradient: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        if gradient is None:
+            return direct, None, None
+        x, weight = ctx.saved_tensors
+        plus = None if direct is None else channels_last(direct)
+        return _towards_all(x, weight, channels_last(gradient), ctx.needs_input_grad, plus)
+
+
+def _towards_all(
+    x: Tensor, weight: Tensor, gradient: Tensor, wanted: Sequence[bool], plus: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, which ``plus`` is added to, of the weight and of the bias."""
+    wants_x, wants_weight, wants_bias = wanted
     dx = dweight = None
-    if wants_x:
-        dx = _image(slopes @ weight.flatten(1).to(x.dtype), x)
-    if wants_weight:
-        dweight = (slopes.t() @ _pixels(x)).view(weight.shape).to(weight.dtype)
-    return dx, dweight
-
-
-def _product_gradients_on_tiles(
-    x: Tensor, weight: Tensor, gradient: Tensor, wants_x: bool, wants_weight: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    dx = _empty(x, x.shape) if wants_x else None
-    dweight = None
-    if dx is not None:
-        kernel("pointwise", x.dtype)(
-            *map(address, (gradient, weight.contiguous(), None, dx)), *_matrix(x, weight), True
-        )
-    if wants_weight:
-        dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        kernel("pointwise_weight", x.dtype)(
-            *map(address, (x, gradient, dweight)), *_matrix(x, weight)
-        )
-    return dx, dweight
+    if _on_tiles(x):
+        if wants_x:
+            dx = _empty(x, x.shape)
+            kernel("pointwise", x.dtype)(
+                *map(address, (gradient, weight.contiguous(), None, plus, dx)),
+                *_matrix(x, weight),
+                True,
+            )
+        if wants_weight:
+            dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+            kernel("pointwise_weight", x.dtype)(
+                *map(address, (x, gradient, dweight)), *_matrix(x, weight)
+            )
+    else:
+        slopes = _pixels(gradient)
+        if wants_x:
+            dx = _image(slopes @ weight.flatten(1).to(x.dtype), x)
+            dx = dx if plus is None else dx.add_(plus)
+        if wants_weight:
+            dweight = (slopes.t() @ _pixels(x)).view(weight.shape).to(weight.dtype)
+    dbias = _pixels(gradient).sum(0, dtype=weight.dtype) if wants_bias else None
+    return dx, dweight, dbias
 
 
 def _on_tiles(x: Tensor) -> bool:

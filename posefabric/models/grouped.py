@@ -24,6 +24,7 @@ from posefabric.models.fused_convolutions import (
     fan_out,
     normed_depthwise,
     pointwise,
+    pointwise_beside,
 )
 from posefabric.models.kernels import computed_in, has_tiles, load_kernels
 from posefabric.models.posenfs_backbones import Bottleneck, ResNet
@@ -148,7 +149,8 @@ class FastBottleneck(Fast):
         if not takes(x):
             layer: Any = super()
             return layer.forward(x)
-        inner = _normed_relu(block.bn1, block.conv1(x))
+        x, inner = _beside(block.conv1, x)
+        inner = _normed_relu(block.bn1, inner)
         inner = _normed_relu(block.bn2, block.conv2(inner))
         last = open_end([block.conv3, block.bn3], inner)
         residual = Term(x) if block.downsample is None else open_end(list(block.downsample), x)
@@ -163,9 +165,8 @@ class FastInverted(Fast):
         if not takes(x):
             layer: Any = super()
             return layer.forward(x)
-        last = open_end(
-            [block.conv_pw, block.bn1, block.conv_dw, block.bn2, block.conv_pwl, block.bn3], x
-        )
+        x, inner = _beside(block.conv_pw, x)
+        last = open_end([block.bn1, block.conv_dw, block.bn2, block.conv_pwl, block.bn3], inner)
         return weighted_sum([last, Term(x)] if block.has_skip else [last])
 
 
@@ -261,6 +262,15 @@ def open_end(layers: Sequence[nn.Module], x: Tensor) -> Term:
                 return Term(before, norm=norm, act=act, bias=bias)
             return Term(chain(layers[place:], _plus(before, bias)))
     return Term(chain(layers, x))
+
+
+def _beside(conv: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """x and the convolution of it; on tiles the gradients of both meet in one map."""
+    if isinstance(conv, FastPointwise) and has_tiles() and x.dtype == torch.bfloat16:
+        module: Any = conv
+        if _fits(conv, x):
+            return pointwise_beside(x, module.weight, module.bias)
+    return x, conv(x)
 
 
 def _plus(x: Tensor, bias: Tensor | None) -> Tensor:

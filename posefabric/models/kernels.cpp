@@ -51,9 +51,9 @@ extern "C" Int has_tiles() {
   return 0;
 #endif
 }
-extern "C" void pointwise_bf16(const Bf16* x, const float* w, const float* bias, Bf16* y, Int n,
-                               Int in, Int out, Int transposed) {
-  pointwise(x, w, bias, y, n, in, out, transposed);
+extern "C" void pointwise_bf16(const Bf16* x, const float* w, const float* bias, const Bf16* plus,
+                               Bf16* y, Int n, Int in, Int out, Int transposed) {
+  pointwise(x, w, bias, plus, y, n, in, out, transposed);
 }
 extern "C" void pointwise_weight_bf16(const Bf16* x, const Bf16* g, float* dw, Int n, Int in,
                                       Int out) {

@@ -58,7 +58,7 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
             function = getattr(library, f"{name}_{suffix}")
             function.argtypes, function.restype = arguments, result
     tiles: Any = library
-    tiles.pointwise_bf16.argtypes, tiles.pointwise_bf16.restype = [_P] * 4 + [_I] * 4, None
+    tiles.pointwise_bf16.argtypes, tiles.pointwise_bf16.restype = [_P] * 5 + [_I] * 4, None
     tiles.pointwise_weight_bf16.argtypes = [_P] * 3 + [_I] * 3
     tiles.pointwise_weight_bf16.restype = None
     tiles.has_tiles.argtypes, tiles.has_tiles.restype = [], _I

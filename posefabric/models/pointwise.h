@@ -140,9 +140,18 @@ static Left left_rows(const Bf16* x, Int rows, Int channels) {
   return {copy, wide};
 }
 
-// y (rows, width) = x (rows, depth) times the packed right factor, plus `bias` where there is one.
-static void product(const Bf16* x, const unsigned short* right, const float* bias, Bf16* y,
-                    Int rows, Int depth, Int width) {
+// Of 32 values in bfloat16 at `p`, those of the mask, as floats.
+static inline void widen(const Bf16* p, __mmask32 inside, __m512* low, __m512* high) {
+  const __m512i both = _mm512_maskz_loadu_epi16(inside, p);
+  const auto first = _mm512_castsi512_si256(both), second = _mm512_extracti64x4_epi64(both, 1);
+  *low = (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(first), 16);
+  *high = (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16);
+}
+
+// y (rows, width) = x (rows, depth) times the packed right factor, plus `bias` (width) and `plus`
+// (rows, width) where there are any.
+static void product(const Bf16* x, const unsigned short* right, const float* bias,
+                    const Bf16* plus, Bf16* y, Int rows, Int depth, Int width) {
   const Int deep = blocks_of(depth), wide = blocks_of(width), blocks = blocks_of(rows);
 #pragma omp parallel
   {
@@ -180,10 +189,16 @@ static void product(const Bf16* x, const unsigned short* right, const float* bia
         const __m512 bias_low = bias ? _mm512_maskz_loadu_ps(low, bias + b * SIDE) : none;
         const __m512 bias_high = bias ? _mm512_maskz_loadu_ps(high, bias + b * SIDE + TILE) : none;
         for (Int r = 0; r < count; ++r) {
-          const __m512 a = _mm512_add_ps(_mm512_load_ps(sums + r * SIDE), bias_low);
-          const __m512 c = _mm512_add_ps(_mm512_load_ps(sums + r * SIDE + TILE), bias_high);
-          const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(c, a);
-          _mm512_mask_storeu_epi16(y + (first + r) * width + b * SIDE, inside, both);
+          const Int at = (first + r) * width + b * SIDE;
+          __m512 a = _mm512_add_ps(_mm512_load_ps(sums + r * SIDE), bias_low);
+          __m512 c = _mm512_add_ps(_mm512_load_ps(sums + r * SIDE + TILE), bias_high);
+          if (plus) {
+            __m512 more_low, more_high;
+            widen(plus + at, inside, &more_low, &more_high);
+            a = _mm512_add_ps(a, more_low);
+            c = _mm512_add_ps(c, more_high);
+          }
+          _mm512_mask_storeu_epi16(y + at, inside, (__m512i)_mm512_cvtne2ps_pbh(c, a));
         }
       }
     }
@@ -274,14 +289,14 @@ static void product_back(const Bf16* x, const Bf16* g, float* dw, Int rows, Int 
 #endif
 
 // Where there are tiles: x (rows, in) by weight (out, in) to y (rows, out); transposed, y (rows, out) by it to (rows, in).
-static void pointwise(const Bf16* x, const float* weight, const float* bias, Bf16* y, Int rows,
-                      Int in, Int out, Int transposed) {
+static void pointwise(const Bf16* x, const float* weight, const float* bias, const Bf16* plus,
+                      Bf16* y, Int rows, Int in, Int out, Int transposed) {
 #if HAS_TILES
   const Int depth = transposed ? out : in, width = transposed ? in : out;
   unsigned short* right =
       room<unsigned short, 5>(blocks_of(depth) * blocks_of(width) * SIDE * SIDE);
   pack_right(weight, depth, width, !transposed, right);
-  product(x, right, bias, y, rows, depth, width);
+  product(x, right, bias, plus, y, rows, depth, width);
 #endif
 }
 
