@@ -70,6 +70,13 @@ class DataConfig(Section):
     outside_weight: float = Field(
         default=0.0, ge=0, description="of annotated keypoints outside the map (loss=mse only)"
     )
+    smooth: float | None = Field(
+        default=None,
+        ge=0,
+        le=8,
+        description="heatmap pixels, sigma of a blur before a map's maximum is looked for; none: "
+        "by preset",
+    )
     decode: Literal["quarter", "dark", "udp-dark"] | None = Field(
         default=None, description="sub-pixel refinement; none: by preset"
     )

@@ -15,7 +15,7 @@ from posefabric.structures import PosefabricError
 
 CUT = 3.0  # a Gaussian ends at this many sigmas
 FILTER_CUT = 4.0  # and the usual Gaussian filter's kernel at so many, rounded to a whole cell
-DARK_KERNEL = 11
+DARK_REACH = 5  # a kernel of 11
 DARK_SIGMA = 2.0  # what OpenCV takes for a kernel of 11: 0.3 ((11 - 1) / 2 - 1) + 0.8
 UDP_RANGE = (1e-3, 50.0)  # to which UDP-DARK clips the blurred map before the logarithm
 
@@ -142,15 +142,18 @@ class Codec:
     def decode(self, heatmaps: Tensor) -> tuple[Tensor, Tensor]:
         """Keypoints (B, K, 2) in input pixels and scores (B, K), the maxima, of (B, K, h, w).
 
-        Sub-pixel refinement is left out on the map's border, but by ``udp-dark``. Where the
-        maximum is 0 or less both coordinates are 0 (udp: -1) and the score is kept. Can be
-        exported: no step depends on the values.
+        With ``smooth`` a keypoint is where the blurred map is highest, so that a broad hill may
+        win over a narrow peak. Sub-pixel refinement is left out on the map's border, but by
+        ``udp-dark``. Where the maximum is 0 or less both coordinates are 0 (udp: -1) and the score
+        is kept. Can be exported: no step depends on the values.
         """
         rules = self.rules
         maps = heatmaps.float()
         columns, rows = self.heatmap_wh
-        flat = maps.flatten(2)
-        scores, index = flat.max(dim=-1)
+        scores, index = maps.flatten(2).max(dim=-1)
+        if rules.smooth:
+            maps = _blur(maps, int(FILTER_CUT * rules.smooth + 0.5), rules.smooth)
+            index = maps.flatten(2).argmax(dim=-1)
         x = index % columns
         y = torch.div(index, columns, rounding_mode="floor")
         if rules.decode == "udp-dark":
@@ -187,7 +190,7 @@ class Codec:
 def _dark_logs(maps: Tensor) -> Tensor:
     """The logarithm of the blurred maps (B, K, h, w), each relative to its peak (DARK)."""
     peak = maps.amax(dim=(-2, -1), keepdim=True).clamp_min(1e-30)
-    return torch.log(_blur(maps / peak).clamp_min(1e-10))
+    return torch.log(_blur(maps / peak, DARK_REACH, DARK_SIGMA).clamp_min(1e-10))
 
 
 def _udp_logs(maps: Tensor) -> Tensor:
@@ -196,7 +199,8 @@ def _udp_logs(maps: Tensor) -> Tensor:
     The blur mirrors the border, values are clipped as they are, and the border is repeated once,
     so that it is refined too.
     """
-    logs = torch.log(_blur(maps, mirrored=True).clamp(*UDP_RANGE))
+    blurred = _blur(maps, DARK_REACH, DARK_SIGMA, mirrored=True)
+    logs = torch.log(blurred.clamp(*UDP_RANGE))
     return functional.pad(logs, (1, 1, 1, 1), mode="replicate")
 
 
@@ -236,21 +240,20 @@ def _quarter(maps: Tensor, anchor: Tensor) -> Tensor:
     return 0.25 * torch.sign(torch.stack([across, down], dim=-1))
 
 
-def _blur(maps: Tensor, mirrored: bool = False) -> Tensor:
-    """Gaussian blur of (B, K, h, w), kernel 11, with zeros outside, or the map mirrored.
+def _blur(maps: Tensor, reach: int, sigma: float, mirrored: bool = False) -> Tensor:
+    """Gaussian blur of (B, K, h, w), ``reach`` cells to each side.
 
-    Zeros, as in DARK's own code: mirroring at the border, OpenCV's default, adds a second peak
-    there and moves keypoints two cells inside by a whole cell.
+    Outside are zeros, or the map mirrored. Zeros, as in DARK's own code: mirroring at the border,
+    OpenCV's default, adds a second peak there and moves keypoints two cells inside by a whole cell.
     """
-    reach = DARK_KERNEL // 2
     if mirrored:
         maps = functional.pad(maps, (reach, reach, reach, reach), mode="reflect")
     border = 0 if mirrored else reach
     grid = torch.arange(-reach, reach + 1, dtype=maps.dtype, device=maps.device)
-    kernel = torch.exp(-(grid**2) / (2 * DARK_SIGMA**2))
+    kernel = torch.exp(-(grid**2) / (2 * sigma**2))
     kernel = kernel / kernel.sum()
-    count = maps.shape[1]
-    across = kernel.view(1, 1, 1, -1).expand(count, 1, 1, DARK_KERNEL)
-    down = kernel.view(1, 1, -1, 1).expand(count, 1, DARK_KERNEL, 1)
+    count, size = maps.shape[1], 2 * reach + 1
+    across = kernel.view(1, 1, 1, -1).expand(count, 1, 1, size)
+    down = kernel.view(1, 1, -1, 1).expand(count, 1, size, 1)
     maps = functional.conv2d(maps, across, padding=(0, border), groups=count)
     return functional.conv2d(maps, down, padding=(border, 0), groups=count)

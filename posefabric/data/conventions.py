@@ -24,6 +24,8 @@ class Conventions:
         stride: input pixels a heatmap pixel: W / w, ``biased``, or (W - 1) / (w - 1).
         target: the Gaussian stands on the ``nearest`` cell, between cells (``subpixel``), or is
             a pixel sent through a Gaussian filter and scaled to peak 1 (``filtered``).
+        smooth: heatmap pixels, sigma of a Gaussian blur (zeros outside) of a map before its
+            maximum is looked for; the score is the map's own maximum.
         decode: ``quarter`` pixel, ``dark`` or ``udp-dark``.
         decode_offset: input pixels added to decoded coordinates.
         missing_coordinate: both coordinates where a map's maximum is 0 or less.
@@ -37,6 +39,7 @@ class Conventions:
     warp: Literal["biased", "unbiased"] = "biased"
     stride: Literal["biased", "unbiased"] = "biased"
     target: Literal["nearest", "subpixel", "filtered"] = "nearest"
+    smooth: float = 0.0
     decode: Literal["quarter", "dark", "udp-dark"] = "quarter"
     decode_offset: float = 0.0
     missing_coordinate: float = 0.0
@@ -58,6 +61,8 @@ class Conventions:
                 raise PosefabricError(
                     f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)}"
                 )
+        if not 0 <= self.smooth <= 8:
+            raise PosefabricError(f"smooth: expected a sigma of 0 to 8, got {self.smooth}")
         if not self.box_padding > 0:
             raise PosefabricError(f"box_padding: expected a factor above 0, got {self.box_padding}")
 

@@ -123,6 +123,7 @@ def make_conventions(config: DataConfig) -> Conventions:
         stride=config.stride,
         target=config.target,
         outside_weight=config.outside_weight,
+        smooth=config.smooth,
         decode=config.decode,
         decode_offset=config.decode_offset,
         missing_coordinate=config.missing_coordinate,

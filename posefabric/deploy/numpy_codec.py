@@ -10,7 +10,8 @@ import numpy as np
 from posefabric.data.conventions import Conventions, Preset, choose_conventions
 
 # The same numbers as in data.codec, which cannot be imported without torch.
-_DARK_KERNEL = 11
+_FILTER_CUT = 4.0
+_DARK_REACH = 5
 _DARK_SIGMA = 2.0
 _UDP_RANGE = (1e-3, 50.0)
 
@@ -42,19 +43,26 @@ class NumpyCodec:
         flat = maps.reshape(*maps.shape[:2], -1)
         index = flat.argmax(axis=-1)
         scores = np.take_along_axis(flat, index[..., None], axis=-1)[..., 0]
+        if rules.smooth:
+            maps = _blurred(maps, int(_FILTER_CUT * rules.smooth + 0.5), rules.smooth)
+            index = maps.reshape(*maps.shape[:2], -1).argmax(axis=-1)
         y, x = np.divmod(index, columns)
         interior = (x > 0) & (x < columns - 1) & (y > 0) & (y < rows - 1)
         anchor_x, anchor_y = np.clip(x, 1, columns - 2), np.clip(y, 1, rows - 2)
         if rules.decode == "udp-dark":
             logs = np.log(
-                np.clip(_blurred(maps, cv2.BORDER_REFLECT_101), *_UDP_RANGE).astype(np.float64)
+                np.clip(
+                    _blurred(maps, _DARK_REACH, _DARK_SIGMA, cv2.BORDER_REFLECT_101), *_UDP_RANGE
+                ).astype(np.float64)
             )
             logs = np.pad(logs, ((0, 0), (0, 0), (1, 1), (1, 1)), mode="edge")
             step = _newton_step(_neighbourhood(logs, x + 1, y + 1))
             interior = np.ones_like(interior)
         elif rules.decode == "dark":
             peak = np.maximum(maps.max(axis=(-2, -1), keepdims=True), np.float32(1e-30))
-            around = _neighbourhood(_blurred(maps / peak), anchor_x, anchor_y)
+            around = _neighbourhood(
+                _blurred(maps / peak, _DARK_REACH, _DARK_SIGMA), anchor_x, anchor_y
+            )
             step = _newton_step(np.log(np.maximum(around.astype(np.float64), 1e-10)))
         else:
             around = _neighbourhood(maps, anchor_x, anchor_y)
@@ -87,14 +95,16 @@ def _neighbourhood(maps: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray
     ]
 
 
-def _blurred(maps: np.ndarray, border: int = cv2.BORDER_CONSTANT) -> np.ndarray:
-    """Gaussian blur of (B, K, h, w), kernel 11, zeros outside unless said."""
+def _blurred(
+    maps: np.ndarray, reach: int, sigma: float, border: int = cv2.BORDER_CONSTANT
+) -> np.ndarray:
+    """Gaussian blur of (B, K, h, w), ``reach`` cells on each side, zeros outside unless said."""
     blurred = np.empty_like(maps)
     for place in np.ndindex(*maps.shape[:2]):
         blurred[place] = cv2.GaussianBlur(
             maps[place],
-            (_DARK_KERNEL, _DARK_KERNEL),
-            _DARK_SIGMA,
+            (2 * reach + 1, 2 * reach + 1),
+            sigma,
             borderType=border,
         )
     return blurred

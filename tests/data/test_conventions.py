@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import gaussian_filter
 from trainings import make_config
 
 from posefabric.config import Config, DataConfig, OptimConfig, config_from_tree
@@ -46,7 +47,7 @@ def decode(maps: np.ndarray, **given: Any) -> np.ndarray:
 
 def test_what_the_presets_choose() -> None:
     """The table of CONVENTIONS, column by column."""
-    common = dict(box_padding=1.25, outside_weight=0.0)
+    common = dict(box_padding=1.25, outside_weight=0.0, smooth=0.0)
     assert asdict(CONVENTIONS["hrnet"]) == common | dict(
         grow_boxes="never",
         warp="biased",
@@ -89,6 +90,7 @@ OTHERS = dict(
     stride="unbiased",
     target="subpixel",
     outside_weight=0.5,
+    smooth=1.5,
     decode="udp-dark",
     decode_offset=0.25,
     missing_coordinate=-2.0,
@@ -211,6 +213,23 @@ def test_decode() -> None:
         ours = decode(maps, decode="udp-dark")
         np.testing.assert_allclose(ours, 4 * udp_dark(maps), atol=1e-2)
         assert np.abs(ours - decode(maps, decode="dark")).max() > 0.05
+
+
+def test_smoothing_prefers_a_hill_to_a_peak() -> None:
+    """Against scipy's filter; the score stays the map's own maximum."""
+    maps = 0.6 * encode(20.0, 40.0, sigma=2.0)[0]
+    maps[16, 12] = 0.9
+    assert np.hypot(*(decode(maps) - [48.0, 64.0])) < 2
+    for sigma in (1.0, 1.7):
+        found = decode(maps, smooth=sigma)
+        blurred = gaussian_filter(maps, sigma, mode="constant")
+        y, x = np.unravel_index(blurred.argmax(), blurred.shape)
+        assert np.abs(found - [4 * x, 4 * y]).max() <= 1.0
+        assert np.hypot(*(found - [20.0, 40.0])) < 3
+        scores = make_codec(options(smooth=sigma)).decode(torch.from_numpy(maps[None, None]))[1]
+        assert float(scores) == np.float32(0.9)
+    with pytest.raises(PosefabricError, match=r"smooth: expected a sigma of 0 to 8, got 9"):
+        choose_conventions("hrnet", smooth=9)
 
 
 def test_decode_offset_and_missing_coordinate() -> None:

@@ -79,14 +79,18 @@ def test_batches_of_any_size_are_one(files) -> None:
 
 
 @pytest.mark.slow
-def test_conventions_chosen_apart_go_with_the_file(tmp_path: Path) -> None:
-    """Another crop, decoder and flip shift than the preset's, all found in the file."""
+@pytest.mark.parametrize(
+    "changed",
+    [{"box_padding": 1.5, "decode": "dark", "flip_shift": False}, {"smooth": 1.5}],
+    ids=lambda changed: "-".join(changed),
+)
+def test_conventions_chosen_apart_go_with_the_file(tmp_path: Path, changed: dict) -> None:
+    """Another crop, blur, decoder or flip shift than the preset's, all found in the file."""
     config = tiny_config()
-    for name, value in (("box_padding", 1.5), ("decode", "dark"), ("flip_shift", False)):
+    for name, value in changed.items():
         setattr(config.data, name, value)
     export_onnx(TinyNetwork(), tmp_path / "x.onnx", config=config, skeleton=FOUR)
     estimator = OnnxPoseEstimator(tmp_path / "x.onnx")
-    changed = {"box_padding": 1.5, "decode": "dark", "flip_shift": False}
     assert estimator.codec.rules.differing("hrnet") == changed
     expected = PoseEstimator(
         network=TinyNetwork(),
