@@ -1,4 +1,4 @@
-"""Rows of torch.compile: a step of the compiled path against the default one, and the first."""
+"""Rows of torch.compile: a step of the compiled path against the two others, and the first."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SECONDS = 90.0
 
 
 def compiled_path(bench: Bench) -> Iterator[Line]:
-    """`model.path=compiled` against `model.path=fast`, compiled anew; the last subject, a CPU."""
+    """`model.path=compiled` against `fast` and `plain`, compiled anew; the last subject, a CPU."""
     subject = bench.subjects[-1]
     name = f"compile.{subject.name}"
     if bench.quick:
@@ -35,29 +35,36 @@ def compiled_path(bench: Bench) -> Iterator[Line]:
     options: dict[str, Any] = {"batch": subject.batch, "device": "cpu"}
     precision = resolve_precision(config.search.precision, torch.device("cpu"))
     conditions = {**options, "precision": precision}
-    fast, compiled = on_path(config, "fast"), on_path(config, "compiled")
+    fast, plain, compiled = (on_path(config, path) for path in ("fast", "plain", "compiled"))
     try:
         with (
             Fresh(compiled_steps, alone=True, config=compiled, **options) as ours,
             Fresh(own_steps, alone=True, config=fast, **options) as theirs,
+            Fresh(own_steps, alone=True, config=plain, **options) as without,
         ):
             first, first_fast = _seconds(ours)(), _seconds(theirs)()
             took = interleaved(
-                {"ours": _seconds(ours), "theirs": _seconds(theirs)},
+                {
+                    "compiled": _seconds(ours),
+                    "fast": _seconds(theirs),
+                    "plain": _seconds(without),
+                },
                 bench.within(bench.effort.steps),
             )
     except PosefabricError as error:
         yield Missing(name, f"failed: {error}")
         return
     baseline = "the same step on the fast path"
-    yield speed_row(
-        name,
-        ours=took["ours"],
-        theirs=took["theirs"],
-        count=subject.batch,
-        baseline=baseline,
-        conditions=conditions,
-    )
+    others = {name: ("fast", baseline), f"{name}.to_plain": ("plain", "the same on the plain path")}
+    for row, (path, other) in others.items():
+        yield speed_row(
+            row,
+            ours=took["compiled"],
+            theirs=took[path],
+            count=subject.batch,
+            baseline=other,
+            conditions=conditions,
+        )
     yield Row(
         name=f"{name}.first_step",
         ratio=ratio_of([first], [first_fast]),

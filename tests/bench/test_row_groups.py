@@ -120,9 +120,13 @@ def test_a_gpu_has_rows_of_its_own(canned, tmp_path, monkeypatch) -> None:
 
 def test_compile(canned, tmp_path) -> None:
     lines = list(group_compile.compiled_path(make_bench(tmp_path, quick=False)))
-    assert measured(lines) == {"compile.tiny": 0.5, "compile.tiny.first_step": 2.0}
+    assert measured(lines) == {
+        "compile.tiny": 0.5,
+        "compile.tiny.to_plain": 0.5,
+        "compile.tiny.first_step": 2.0,
+    }
     paths = [options["config"].model.path for _, _, options in canned.made]
-    assert paths == ["compiled", "fast"]
+    assert paths == ["compiled", "fast", "plain"]
     used = {line.conditions["precision"] for line in lines if isinstance(line, Row)}
     assert used == {resolve_precision("auto", torch.device("cpu"))}
     quick = list(group_compile.compiled_path(make_bench(tmp_path)))
