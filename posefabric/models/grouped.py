@@ -11,26 +11,29 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from posefabric.models.fused import takes, takes_norm, weighted_sum
-from posefabric.models.fused_convolutions import (
-    Window,
-    depthwise,
-    fan_out,
-    normed_depthwise,
-    pointwise,
-    pointwise_beside,
+from posefabric.models.chains import activation_of, beside, chain, is_norm, open_end
+from posefabric.models.fast_convolutions import (
+    Fast,
+    FastConv,
+    FastDepthwise,
+    FastPointwise,
+    fits,
+    is_known_depthwise,
+    is_pointwise,
+    window_of,
 )
-from posefabric.models.kernels import computed_in, has_tiles, load_kernels
+from posefabric.models.fused import takes, takes_norm, weighted_sum
+from posefabric.models.fused_convolutions import fan_out
+from posefabric.models.kernels import load_kernels
 from posefabric.models.posenfs_backbones import Bottleneck, ResNet
 from posefabric.models.recomputing import recomputing
-from posefabric.models.term_calls import NONE, RELU, RELU6, Term
-from posefabric.models.timm_import import import_timm
+from posefabric.models.term_calls import RELU, Term
 from posefabric.space.cell import Cell, FromCoarser, FromFiner, Weight, edge_name, is_zero
 
 _log = logging.getLogger(__name__)
@@ -61,12 +64,6 @@ def plain_path(network: nn.Module) -> nn.Module:
     return network
 
 
-class Fast:
-    """Marks a module on the fast path; ``plain`` is the class it had."""
-
-    plain: type
-
-
 class FastNorm(Fast):
     """A batch norm, with its activation where it has one (timm)."""
 
@@ -75,52 +72,9 @@ class FastNorm(Fast):
         if not takes(x) or not takes_norm(module, x):
             layer: Any = super()
             return layer.forward(x)
-        act = _activation(getattr(module, "act", None))
+        act = activation_of(getattr(module, "act", None))
         assert act is not None
         return weighted_sum([Term(x, norm=module, act=act)])
-
-
-class FastConv(Fast):
-    """A convolution that does not keep a normalised input which can be had again."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        layer: Any = super()
-        return recomputing(layer.forward, input)
-
-    def without_bias(self, input: Tensor) -> Tensor:
-        """Of torch's own convolution: the same without its bias."""
-        module: Any = self
-        return recomputing(lambda x: module._conv_forward(x, module.weight, None), input)
-
-
-class FastPointwise(FastConv):
-    """A 1x1 convolution of every pixel, as a matrix product where that pays."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        bias = cast(Any, self).bias
-        return self._product(input, bias) if self._pays(input) else super().forward(input)
-
-    def without_bias(self, input: Tensor) -> Tensor:
-        return self._product(input, None) if self._pays(input) else super().without_bias(input)
-
-    def _pays(self, input: Tensor) -> bool:
-        return _fits(self, input) and _pays_as_product(self, input)
-
-    def _product(self, input: Tensor, bias: Tensor | None) -> Tensor:
-        weight = cast(Any, self).weight
-        return recomputing(lambda x: pointwise(x, weight, bias), input)
-
-
-class FastDepthwise(Fast):
-    """A depthwise convolution without bias."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        module: Any = self
-        if not _fits(module, input):
-            layer: Any = super()
-            return layer.forward(input)
-        window = _window(module, input)
-        return recomputing(lambda x: depthwise(x, module.weight, window), input)
 
 
 class FastChain(Fast):
@@ -149,7 +103,7 @@ class FastBottleneck(Fast):
         if not takes(x):
             layer: Any = super()
             return layer.forward(x)
-        x, inner = _beside(block.conv1, x)
+        x, inner = beside(block.conv1, x)
         inner = _normed_relu(block.bn1, inner)
         inner = _normed_relu(block.bn2, block.conv2(inner))
         last = open_end([block.conv3, block.bn3], inner)
@@ -165,7 +119,7 @@ class FastInverted(Fast):
         if not takes(x):
             layer: Any = super()
             return layer.forward(x)
-        x, inner = _beside(block.conv_pw, x)
+        x, inner = beside(block.conv_pw, x)
         last = open_end([block.bn1, block.conv_dw, block.bn2, block.conv_pwl, block.bn3], inner)
         return weighted_sum([last, Term(x)] if block.has_skip else [last])
 
@@ -213,89 +167,6 @@ class FastCell(Fast):
         return chain([cell.keep, cell.norm], joined)
 
 
-def chain(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
-    """``layers`` one after the other, each norm with the ReLU behind it.
-
-    What is a depthwise convolution behind that is computed with it too, and the bias of a
-    convolution before it is left out.
-    """
-    return _chain(layers, x)[0]
-
-
-def _chain(
-    layers: Sequence[nn.Module], x: Tensor, *, then: nn.Module | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """The same before a norm ``then``, and the bias that the last convolution was without."""
-    bias: Tensor | None = None
-    i = 0
-    while i < len(layers):
-        layer: Any = layers[i]
-        act, end = _norm_at(layers, i)
-        if act is not None and takes(x) and takes_norm(layer, x):
-            conv: Any = layers[end] if end < len(layers) else None
-            term = Term(x, norm=layer, act=act, bias=bias)
-            if isinstance(conv, FastDepthwise) and _fits(conv, x):
-                weight = cast(Any, conv).weight
-                x = normed_depthwise(term, weight, _window(conv, x))
-                end += 1
-            else:
-                x = weighted_sum([term])
-            i, bias = end, None
-            continue
-        following = layers[i + 1] if i + 1 < len(layers) else then
-        if _is_biased(layer) and following is not None and _is_norm(following) and takes(x):
-            x, bias = layer.without_bias(x), layer.bias
-        else:
-            x, bias = layer(_plus(x, bias)), None
-        i += 1
-    return x, bias
-
-
-def open_end(layers: Sequence[nn.Module], x: Tensor) -> Term:
-    """``layers`` but for a last norm, and a ReLU behind it, which the term says."""
-    for place in range(max(0, len(layers) - 2), len(layers)):
-        act, end = _norm_at(layers, place)
-        if act is not None and end == len(layers):
-            norm: Any = layers[place]
-            before, bias = _chain(layers[:place], x, then=norm)
-            if takes_norm(norm, before):
-                return Term(before, norm=norm, act=act, bias=bias)
-            return Term(chain(layers[place:], _plus(before, bias)))
-    return Term(chain(layers, x))
-
-
-def _beside(conv: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """x and the convolution of it; on tiles the gradients of both meet in one map."""
-    if isinstance(conv, FastPointwise) and has_tiles() and x.dtype == torch.bfloat16:
-        module: Any = conv
-        if _fits(conv, x):
-            return pointwise_beside(x, module.weight, module.bias)
-    return x, conv(x)
-
-
-def _plus(x: Tensor, bias: Tensor | None) -> Tensor:
-    return x if bias is None else x + bias.view(1, -1, 1, 1).to(x.dtype)
-
-
-def _is_biased(layer: nn.Module) -> bool:
-    known = isinstance(layer, FastConv) and layer.plain is nn.Conv2d
-    return known and cast(Any, layer).bias is not None
-
-
-def _norm_at(layers: Sequence[nn.Module], i: int) -> tuple[int | None, int]:
-    """The activation of a norm in place i, its own or the one behind it, and what comes next.
-
-    None where there is no norm, or one whose activation the kernels do not know.
-    """
-    if not _is_norm(layers[i]):
-        return None, i
-    own = _activation(getattr(layers[i], "act", None))
-    if own != NONE or i + 1 == len(layers):
-        return own, i + 1
-    behind = _activation(layers[i + 1])
-    return (NONE, i + 1) if behind is None else (behind, i + 2)
-
-
 def _normed(norm: Any, x: Tensor, act: int) -> Tensor:
     return weighted_sum([Term(x, norm=norm, act=act)])
 
@@ -315,10 +186,10 @@ def _candidate_terms(operations: Sequence[nn.Module], x: Tensor) -> list[Term]:
     firsts: list[Any] = [
         row[0] if row and isinstance(row[0], FastDepthwise) else None for row in rows
     ]
-    convs = [conv for conv in firsts if conv is not None and _fits(conv, x)]
+    convs = [conv for conv in firsts if conv is not None and fits(conv, x)]
     found: dict[int, Tensor] = {}
     if convs and len(rows) > 1:
-        x, *maps = fan_out(x, [c.weight for c in convs], [_window(c, x) for c in convs])
+        x, *maps = fan_out(x, [c.weight for c in convs], [window_of(c, x) for c in convs])
         found = {id(conv): own for conv, own in zip(convs, maps, strict=True)}
     return [
         open_end(row[1:], found[id(conv)]) if id(conv) in found else open_end(row, x)
@@ -359,14 +230,16 @@ def _fast_kind(module: nn.Module) -> type | None:
         return FastInverted
     if type(module) is nn.Sequential:
         return FastChain
-    if _is_norm(module):
+    if is_norm(module):
         drop = getattr(module, "drop", None)
         known = drop is None or isinstance(drop, nn.Identity)
-        return FastNorm if known and _activation(getattr(module, "act", None)) is not None else None
+        return (
+            FastNorm if known and activation_of(getattr(module, "act", None)) is not None else None
+        )
     if isinstance(module, nn.Conv2d):
-        if _is_known_depthwise(module):
+        if is_known_depthwise(module):
             return FastDepthwise
-        return FastPointwise if _is_pointwise(module) else FastConv
+        return FastPointwise if is_pointwise(module) else FastConv
     return None
 
 
@@ -377,74 +250,3 @@ def _is_plain_inverted(block: Any) -> bool:
         return False
     between = (block.aa, block.se, block.drop_path)
     return block.conv_s2d is None and all(isinstance(each, nn.Identity) for each in between)
-
-
-def _is_norm(module: nn.Module) -> bool:
-    """torch's batch norm or timm's with an activation, and no other subclass."""
-    names = {kind.__name__ for kind in type(module).__mro__[:2]}
-    return isinstance(module, nn.BatchNorm2d) and bool(names & {"BatchNorm2d", "BatchNormAct2d"})
-
-
-def _activation(module: nn.Module | None) -> int | None:
-    """The kernels' number of an activation, none of a module that is none they know."""
-    if module is None or isinstance(module, nn.Identity):
-        return NONE
-    if isinstance(module, nn.ReLU6):
-        return RELU6
-    return RELU if isinstance(module, nn.ReLU) else None
-
-
-def _fits(conv: Any, x: Tensor) -> bool:
-    return (
-        conv.training
-        and x.ndim == 4
-        and x.shape[1] == conv.in_channels
-        and computed_in(x.dtype) == conv.weight.dtype
-        and takes(x)
-    )
-
-
-def _is_pointwise(conv: nn.Conv2d) -> bool:
-    one = all(set(v) == {1} for v in (conv.kernel_size, conv.stride))
-    return one and conv.groups == 1 and not isinstance(conv.padding, str) and not any(conv.padding)
-
-
-def _pays_as_product(conv: Any, x: Tensor) -> bool:
-    """Wide convolutions of large maps are faster as PyTorch has them (docs/performance.md).
-
-    So are, in bfloat16 without tiles, all but those of the smallest maps.
-    """
-    pixels = x.numel() // x.shape[1]
-    if x.dtype == torch.bfloat16:
-        return pixels <= 512 or has_tiles()
-    return max(conv.in_channels, conv.out_channels) <= 128 or pixels <= 4096
-
-
-def _is_known_depthwise(conv: nn.Conv2d) -> bool:
-    square = all(len(set(v)) == 1 for v in (conv.kernel_size, conv.stride, conv.dilation))
-    return (
-        conv.groups == conv.in_channels == conv.out_channels > 1
-        and conv.bias is None
-        and conv.padding_mode == "zeros"
-        and not isinstance(conv.padding, str)
-        and square
-    )
-
-
-def _window(conv: Any, x: Tensor) -> Window:
-    kernel, stride, dilation = conv.kernel_size[0], conv.stride[0], conv.dilation[0]
-    import_timm()
-    from timm.layers.conv2d_same import Conv2dSame
-
-    if isinstance(conv, Conv2dSame):
-        top, bottom = _same(x.shape[-2], kernel, stride, dilation)
-        left, right = _same(x.shape[-1], kernel, stride, dilation)
-    else:
-        (top, left), (bottom, right) = conv.padding, conv.padding
-    return Window(kernel, stride, dilation, (top, bottom, left, right))
-
-
-def _same(size: int, kernel: int, stride: int, dilation: int) -> tuple[int, int]:
-    """TensorFlow's padding: as much as ceil(size / stride) outputs need, the odd one behind."""
-    needed = max((-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
-    return needed // 2, needed - needed // 2

@@ -184,7 +184,9 @@ def term_gradients(
         wants_x, wants_weight, wants_gamma, wants_beta, wants_bias = wanted[5 * i : 5 * i + 5]
         assert x is not None
         same = place is None and weight == 1.0 and before_relu is not None
-        dx = before_relu if same else empty(x, memory_format=torch.channels_last)
+        dx = None
+        if wants_x:
+            dx = before_relu if same else empty(x, memory_format=torch.channels_last)
         dgamma = empty(gamma) if gamma is not None and wants_gamma else None
         dbeta = empty(beta) if beta is not None and wants_beta else None
         wants_weight = wants_weight and scalar is not None
@@ -193,14 +195,14 @@ def term_gradients(
                 x.data_ptr(),
                 *(address(t) or 0 for t in (gamma, beta)),
                 place or 0,
-                *(address(t) or 0 for t in (dgamma, dbeta, dx if wants_x and not same else None)),
+                *(address(t) or 0 for t in (dgamma, dbeta, None if same else dx)),
                 act,
                 wants_weight,
                 weight,
             )
         )
         none = torch.zeros_like(bias) if bias is not None and wants_bias else None
-        found += [dx if wants_x else None, scalar if wants_weight else None, dgamma, dbeta, none]
+        found += [dx, scalar if wants_weight else None, dgamma, dbeta, none]
     totals = torch.empty(count, 2 * channels + 1, dtype=torch.float64)
     run = kernel("weighted_sum_back", gradient.dtype)
     maps = [address(t) for t in (gradient, out, passed)]

@@ -19,7 +19,8 @@ from posefabric.distributed import (
     sum_gradients,
     summed,
 )
-from posefabric.models.grouped import Fast, plain_path
+from posefabric.models.fast_convolutions import Fast
+from posefabric.models.grouped import plain_path
 from posefabric.train.synchronised import synchronised_norms
 
 _log = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from posefabric.bench.training import (
     yardstick_steps,
 )
 from posefabric.models.build import build_supernet
-from posefabric.models.grouped import Fast
+from posefabric.models.fast_convolutions import Fast
 from posefabric.train.phase import choose_path, train_phase
 from posefabric.train.strategy import Strategy
 

@@ -10,9 +10,10 @@ from networks import noise
 from torch import Tensor, nn
 from torch.nn import functional
 
+from posefabric.models.chains import chain
 from posefabric.models.fused import weighted_sum
 from posefabric.models.fused_convolutions import Window, depthwise
-from posefabric.models.grouped import chain, fast_path
+from posefabric.models.grouped import fast_path
 from posefabric.models.kernels import load_kernels
 from posefabric.models.term_calls import RELU, RELU6, Term, norms_over_all
 from posefabric.space.operations import DepthwiseConv2d

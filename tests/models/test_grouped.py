@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from networks import EVERY, PLAIN, make_supernet, noise
 from torch import Tensor, nn
 
-from posefabric.models import grouped
+from posefabric.models import fast_convolutions, grouped
 from posefabric.models.backbones import make_backbone
-from posefabric.models.grouped import Fast, fast_path, plain_path
+from posefabric.models.fast_convolutions import Fast
+from posefabric.models.grouped import fast_path, plain_path
 from posefabric.models.kernels import Kernels, load_kernels
 from posefabric.models.network import first_non_finite
 from posefabric.models.posenfs_backbones import Bottleneck, InvertedResidual
@@ -307,9 +308,9 @@ def test_wide_convolutions_of_large_maps_are_left_to_torch(
     channels: int, side: int, product: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Tensor] = []
-    pointwise = grouped.pointwise
+    pointwise = fast_convolutions.pointwise
     monkeypatch.setattr(
-        grouped, "pointwise", lambda x, *rest: asked.append(x) or pointwise(x, *rest)
+        fast_convolutions, "pointwise", lambda x, *rest: asked.append(x) or pointwise(x, *rest)
     )
     assert_equal(nn.Sequential(nn.Conv2d(channels, 3, 1)), noise(2, channels, side, side))
     assert bool(asked) is product

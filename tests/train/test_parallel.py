@@ -17,7 +17,8 @@ from torch import Tensor
 from trainings import CASES, STEPS, losses, make_config, make_trainer, people
 
 from posefabric.distributed import from_first, place, share
-from posefabric.models.grouped import Fast, fast_path, plain_path
+from posefabric.models.fast_convolutions import Fast
+from posefabric.models.grouped import fast_path, plain_path
 from posefabric.run import RunFolder
 from posefabric.structures import DataError, PersonDataset, PoseBatch
 from posefabric.train import synchronised
