@@ -179,6 +179,24 @@ def test_products_over_pixels(channels: tuple[int, int], hw: tuple[int, int], bi
         assert_near(a, b, kind if has_tiles() else torch.bfloat16)
 
 
+@pytest.mark.skipif(not has_tiles(), reason="no tiles: the products are torch's")
+def test_products_do_not_depend_on_the_number_of_threads() -> None:
+    before = torch.get_num_threads()
+    x, weight = maps(3, 70, 19, 17, kind=torch.bfloat16), noise(40, 70, 1, 1).float()
+    weight.requires_grad_()
+    towards = maps(3, 40, 19, 17, kind=torch.bfloat16, seed=1).detach()
+    found = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            out = pointwise(x, weight, None)
+            found.append([out, *torch.autograd.grad(out, (x, weight), towards)])
+    finally:
+        torch.set_num_threads(before)
+    for one, two in zip(*found, strict=True):
+        assert torch.equal(one, two)
+
+
 def test_a_value_that_is_none_stays_in_its_pixel() -> None:
     x = maps(1, 24, 6, 6, kind=torch.bfloat16).detach()
     x[0, 3, 2, 2] = torch.nan
