@@ -163,9 +163,12 @@ def test_of_options_worth_nothing_the_most_expensive_goes() -> None:
 def test_a_round_costs_what_torch_counts() -> None:
     """Two persons a batch, two batches."""
     network = make_supernet(shared_alpha=False, seed=4).train()
+    # The costs of pieces are measured once, which would be counted too.
+    whole_cost(network.architecture())
     record: dict[str, Any] = {}
     counted = count_macs(lambda: record.update(decide(strategy(), network, 0.8)))
-    assert record["worth_macs"] == pytest.approx(counted, rel=0.02)
+    # A network without one of its options is counted as a whole one.
+    assert counted <= record["worth_macs"] <= 1.03 * counted
 
 
 def test_ranks_close_as_one_process_and_count_every_person(tmp_path: Path) -> None:
