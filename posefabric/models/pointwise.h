@@ -288,7 +288,8 @@ static void product_back(const Bf16* x, const Bf16* g, float* dw, Int rows, Int 
 
 #endif
 
-// Where there are tiles: x (rows, in) by weight (out, in) to y (rows, out); transposed, y (rows, out) by it to (rows, in).
+// Where there are tiles: x (rows, in) by weight (out, in) to y (rows, out). Transposed, x has `out`
+// channels and y `in`: the gradient of the input.
 static void pointwise(const Bf16* x, const float* weight, const float* bias, const Bf16* plus,
                       Bf16* y, Int rows, Int in, Int out, Int transposed) {
 #if HAS_TILES
