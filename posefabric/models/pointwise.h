@@ -87,8 +87,8 @@ static inline __m512 some_of(const float* p, Int inside) {
   return _mm512_maskz_loadu_ps(mask, p);
 }
 
-// The right factor (depth, width) for a product over `depth`: blocks of width, then of depth, of two
-// tiles each whose rows are pairs of depth; zeros behind. It lies as (depth, width), or as its
+// The right factor (depth, width) for a product over `depth`: blocks of width, then of depth, of
+// two tiles each whose rows are pairs of depth; zeros behind. It lies as (depth, width), or as its
 // transpose.
 static void pack_right(const float* from, Int depth, Int width, bool transposed,
                        unsigned short* to) {

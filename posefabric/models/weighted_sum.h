@@ -32,7 +32,8 @@ static void weighted_sum(Int count, const Term<M, R>* terms, Int rows, Int chann
     if (wanted & GATHER) moments<M, R>(term.x, rows, channels, !whole, found);
     if (wanted & FACTORS) {
       norm_factors<M, R>(found, whole ? term.x : nullptr, values, channels, term.gamma, term.beta,
-                         term.bias, term.running_mean, term.running_var, term.momentum, term.eps, term.stats);
+                         term.bias, term.running_mean, term.running_var, term.momentum, term.eps,
+                         term.stats);
       if (term.batches) ++*term.batches;
     }
     if (place) place += 2 * channels;
