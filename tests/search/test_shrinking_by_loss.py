@@ -168,7 +168,7 @@ def test_a_round_costs_what_torch_counts() -> None:
     record: dict[str, Any] = {}
     counted = count_macs(lambda: record.update(decide(strategy(), network, 0.8)))
     # A network without one of its options is counted as a whole one.
-    assert counted <= record["worth_macs"] <= 1.03 * counted
+    assert counted <= record["worth_macs"] <= 1.025 * counted
 
 
 def test_ranks_close_as_one_process_and_count_every_person(tmp_path: Path) -> None:
