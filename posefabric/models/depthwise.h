@@ -188,20 +188,14 @@ static void depthwise(const M* source, Before<R> before, const R* kernels, const
           M* out = target + begin;
           const M* added = plus ? plus + begin : nullptr;
           const bool whole = inner < after && (Int)rows[y].size() == kernel;
-          if (whole && kernel == 3) {
-            Run<R, M, 3> run = {read,    weight,  added ? added + inner * channels : nullptr,
-                                out + inner * channels,
-                                rows[y], columns, line,
-                                channels, inner, after};
+          const auto run_row = [&](auto size) {
+            Run<R, M, size> run = {read, weight, added ? added + inner * channels : nullptr,
+                                   out + inner * channels, rows[y], columns, line, channels,
+                                   inner, after};
             channel_blocks<R, 1>(0, channels, run);
-          }
-          if (whole && kernel == 5) {
-            Run<R, M, 5> run = {read,    weight,  added ? added + inner * channels : nullptr,
-                                out + inner * channels,
-                                rows[y], columns, line,
-                                channels, inner, after};
-            channel_blocks<R, 1>(0, channels, run);
-          }
+          };
+          if (whole && kernel == 3) run_row(std::integral_constant<int, 3>());
+          if (whole && kernel == 5) run_row(std::integral_constant<int, 5>());
           const bool done = whole && (kernel == 3 || kernel == 5);
           Pixel<R, M> pixel = {read,    weight, nullptr,  nullptr, &rows[y],
                                nullptr, line,   channels, kernel};

@@ -148,6 +148,20 @@ static inline void widen(const Bf16* p, __mmask32 inside, __m512* low, __m512* h
   *high = (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16);
 }
 
+// To the tiles 0 to 3, the product of a block of two by one tiles, in rows of `stride`, and a packed
+// one of one by two.
+static inline void add_product(const unsigned short* left, Int stride,
+                               const unsigned short* right) {
+  _tile_loadd(4, left, 2 * stride);
+  _tile_loadd(5, left + TILE * stride, 2 * stride);
+  _tile_loadd(6, right, 64);
+  _tile_loadd(7, right + TILE * SIDE, 64);
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_dpbf16ps(1, 4, 7);
+  _tile_dpbf16ps(2, 5, 6);
+  _tile_dpbf16ps(3, 5, 7);
+}
+
 // y (rows, width) = x (rows, depth) times the packed right factor, plus `bias` (width) and `plus`
 // (rows, width) where there are any.
 static void product(const Bf16* x, const unsigned short* right, const float* bias,
@@ -161,7 +175,6 @@ static void product(const Bf16* x, const unsigned short* right, const float* bia
     for (Int block = 0; block < blocks; ++block) {
       const Int first = block * SIDE, count = std::min(SIDE, rows - first);
       const Left left = left_rows(x + first * depth, count, depth);
-      const Int stride = left.stride * sizeof(Bf16);
       for (Int b = 0; b < wide; ++b) {
         _tile_zero(0);
         _tile_zero(1);
@@ -169,14 +182,7 @@ static void product(const Bf16* x, const unsigned short* right, const float* bia
         _tile_zero(3);
         for (Int d = 0; d < deep; ++d) {
           const unsigned short* own = right + (b * deep + d) * SIDE * SIDE;
-          _tile_loadd(4, left.rows + d * SIDE, stride);
-          _tile_loadd(5, left.rows + TILE * left.stride + d * SIDE, stride);
-          _tile_loadd(6, own, 64);
-          _tile_loadd(7, own + TILE * SIDE, 64);
-          _tile_dpbf16ps(0, 4, 6);
-          _tile_dpbf16ps(1, 4, 7);
-          _tile_dpbf16ps(2, 5, 6);
-          _tile_dpbf16ps(3, 5, 7);
+          add_product(left.rows + d * SIDE, left.stride, own);
         }
         _tile_stored(0, sums, SIDE * 4);
         _tile_stored(1, sums + TILE, SIDE * 4);
@@ -255,14 +261,7 @@ static void product_back(const Bf16* x, const Bf16* g, float* dw, Int rows, Int 
             for (Int i = 0; i < count; ++i) {
               const unsigned short* a = lefts + i * left_size + w * SIDE * SIDE;
               const unsigned short* b = rights + i * right_size + d * SIDE * SIDE;
-              _tile_loadd(4, a, 64);
-              _tile_loadd(5, a + TILE * SIDE, 64);
-              _tile_loadd(6, b, 64);
-              _tile_loadd(7, b + TILE * SIDE, 64);
-              _tile_dpbf16ps(0, 4, 6);
-              _tile_dpbf16ps(1, 4, 7);
-              _tile_dpbf16ps(2, 5, 6);
-              _tile_dpbf16ps(3, 5, 7);
+              add_product(a, SIDE, b);
             }
             _tile_stored(0, block, 64);
             _tile_stored(1, block + TILE * TILE, 64);
