@@ -126,6 +126,12 @@ class AugmentConfig(Section):
     colour: float = Field(
         default=0.2, ge=0, le=1, description="brightness, contrast and channel gain"
     )
+    erase: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="how often a rectangle of the input is covered, 2 to 20 % of its area",
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -1,4 +1,4 @@
-"""Random transforms of a batch, drawn from one generator: geometry and colour."""
+"""Random transforms of a batch, drawn from one generator: geometry, colour and erasing."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ HALF_BODY_MIN_KEYPOINTS = 8
 HALF_BODY_PADDING = 1.5
 # A crop holds no more detail than this, however close together half a body's keypoints are.
 HALF_BODY_MIN_SHARE = 0.25
+# Of the input's area, and height to width.
+ERASED_SHARE = (0.02, 0.2)
+ERASED_ASPECT = (0.3, 1 / 0.3)
 
 
 @dataclass(frozen=True)
@@ -29,14 +32,16 @@ class Draws:
         normal: (B, 2) zoom and rotation.
         uniform: (B, 6) rotate, flip, half body, which half, shift x and y.
         colour: (B, 5) brightness, contrast and the three channels' gains, in -1..1.
+        erase: (B, 5) erase, area, aspect, centre x and y.
     """
 
     normal: Tensor
     uniform: Tensor
     colour: Tensor
+    erase: Tensor
 
     def of(self, rows: slice) -> Draws:
-        return Draws(self.normal[rows], self.uniform[rows], self.colour[rows])
+        return Draws(self.normal[rows], self.uniform[rows], self.colour[rows], self.erase[rows])
 
 
 def draw(count: int, generator: torch.Generator) -> Draws:
@@ -45,7 +50,9 @@ def draw(count: int, generator: torch.Generator) -> Draws:
     normal = torch.randn(count, 2, generator=generator, device=device)
     uniform = torch.rand(count, 6, generator=generator, device=device)
     colour = torch.rand(count, 5, generator=generator, device=device) * 2 - 1
-    return Draws(normal.cpu(), uniform.cpu(), colour.cpu())
+    # Last, so that the others are what they were before there was erasing.
+    erase = torch.rand(count, 5, generator=generator, device=device)
+    return Draws(normal.cpu(), uniform.cpu(), colour.cpu(), erase.cpu())
 
 
 def augment_transforms(
@@ -136,3 +143,30 @@ def jitter_colour(images: Tensor, draws: Draws, strength: float) -> Tensor:
     mean = (images.mean(dim=(-2, -1)) * gain).mean(dim=1, keepdim=True)
     images.mul_((gain * contrast)[..., None, None]).add_((mean * (1 - contrast))[..., None, None])
     return images.clamp_(0, 255)
+
+
+def erase_rectangle(images: Tensor, draws: Draws, probability: float) -> Tensor:
+    """Cover a rectangle of images (B, 3, H, W) with the image's mean colour, some of them.
+
+    Random erasing (Zhong et al., AAAI 2020): area uniform in ``ERASED_SHARE`` of the image's,
+    aspect log-uniform in ``ERASED_ASPECT``, centre anywhere, so that it may reach over the border.
+    Keypoints below it stay annotated.
+    """
+    if probability == 0:
+        return images
+    rows, columns = images.shape[-2:]
+    drawn = draws.erase.double()
+    (least, most), (wide, tall) = ERASED_SHARE, np.log(ERASED_ASPECT)
+    area = (least + (most - least) * drawn[:, 1]) * rows * columns
+    aspect = torch.exp(wide + (tall - wide) * drawn[:, 2])
+    x, y = drawn[:, 3] * columns - 0.5, drawn[:, 4] * rows - 0.5
+    across = _within(columns, x, (area / aspect).sqrt())
+    down = _within(rows, y, (area * aspect).sqrt()) & (drawn[:, :1] < probability)
+    covered = (down[:, None, :, None] & across[:, None, None, :]).to(images.device)
+    return torch.where(covered, images.mean(dim=(-2, -1), keepdim=True), images)
+
+
+def _within(count: int, centre: Tensor, length: Tensor) -> Tensor:
+    """(B, count): whether a pixel's centre lies in its row's interval."""
+    pixels = torch.arange(count, dtype=centre.dtype)
+    return (pixels - centre[:, None]).abs() < length[:, None] / 2

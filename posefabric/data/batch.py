@@ -10,7 +10,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from posefabric.config import AugmentConfig
-from posefabric.data.augment import augment_transforms, draw, jitter_colour
+from posefabric.data.augment import augment_transforms, draw, erase_rectangle, jitter_colour
 from posefabric.data.codec import Codec
 from posefabric.data.crop import CropGeometry
 from posefabric.structures import CropBatch, PoseBatch, PosefabricError
@@ -98,6 +98,7 @@ def prepare_batch(
         visibility = torch.where(flip[:, None], visibility[:, order], visibility)
         images = warp_crops(crops, (extra @ plain)[:, :2], codec.input_wh)
         images = jitter_colour(images, draws, augment.colour)
+        images = erase_rectangle(images, draws, augment.erase)
     heatmaps, weights = codec.encode(keypoints.float().to(device), visibility.to(device))
     images = normalisation.apply(images).contiguous(memory_format=torch.channels_last)
     return PoseBatch(

@@ -1,8 +1,10 @@
 """Several processes as one: who each is, what they add up, who writes, and what if one dies."""
 
+from posefabric.distributed.adder import Adder
 from posefabric.distributed.launch import Launch, is_first, launched, share
 from posefabric.distributed.ranks import (
     add_up,
+    adder,
     any_rank,
     broadcast,
     check_equal,
@@ -19,9 +21,11 @@ from posefabric.distributed.session import joined
 from posefabric.distributed.watch import RankLost
 
 __all__ = [
+    "Adder",
     "Launch",
     "RankLost",
     "add_up",
+    "adder",
     "any_rank",
     "broadcast",
     "check_equal",

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from posefabric.distributed.adder import Adder
 from posefabric.distributed.launch import Launch
 from posefabric.distributed.shared_sums import SharedSums, open_together
 from posefabric.distributed.watch import Watch
@@ -84,8 +85,8 @@ def add_up(flat: Tensor) -> Tensor:
     """The sum of (n,) over all ranks; may be the tensor given. Every rank gets the same bits."""
     if _Group.launch.ranks == 1:
         return flat
-    shared = _shared() if flat.device.type == "cpu" and flat.is_floating_point() else None
-    if shared is not None and flat.element_size() >= 4:
+    shared = _shared_for(flat)
+    if shared is not None:
         return together(lambda: shared.add(flat))
     import torch.distributed as dist
 
@@ -93,8 +94,30 @@ def add_up(flat: Tensor) -> Tensor:
     return flat
 
 
+def adder() -> Adder:
+    """:func:`add_up` for compiled code; its problem is what :func:`together` would raise."""
+    shared = _shared()
+    if shared is None:
+        return Adder.calling(add_up)
+    own = shared.adder
+
+    def problem() -> Exception:
+        found = own.problem()
+        return found if _Group.watch is None else _Group.watch.lost(found)
+
+    return Adder(own.function, own.context, problem, owner=own)
+
+
+def _shared_for(tensor: Tensor) -> SharedSums | None:
+    if tensor.device.type != "cpu" or not tensor.is_floating_point() or tensor.element_size() < 4:
+        return None
+    return _shared()
+
+
 def _shared() -> SharedSums | None:
     """Memory of all ranks, where they are on one machine; opened at the first call, by all."""
+    if _Group.launch.ranks == 1:
+        return None
     if not _Group.looked_for_shared:
         _Group.looked_for_shared = True
         _Group.shared = open_together(place(), gather)
@@ -123,11 +146,31 @@ def _sum_group(parameters: list[nn.Parameter]) -> None:
     import torch
 
     present = torch.tensor([float(p.grad is not None) for p in parameters]).to(parameters[0])
-    # A gradient keeps its layout: the optimiser's moments follow it.
+    # A gradient keeps its layout, which is its weight's: the optimiser's moments follow it.
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    *sums, counts = summed([*grads, present])
-    for parameter, grad, total, count in zip(parameters, grads, sums, counts.tolist(), strict=True):
-        parameter.grad = grad.copy_(total) if count else None
+    shared = _shared_for(present)
+    if shared is not None:
+        own = [_in_order(grad, p) for grad, p in zip(grads, parameters, strict=True)]
+        together(lambda: shared.add_in_place([*own, present]))
+        for grad, total in zip(grads, own, strict=True):
+            if total is not grad:
+                grad.copy_(total)
+    else:
+        *sums, present = summed([*grads, present])
+        for grad, total in zip(grads, sums, strict=True):
+            grad.copy_(total)
+    for parameter, grad, count in zip(parameters, grads, present.tolist(), strict=True):
+        parameter.grad = grad if count else None
+
+
+def _in_order(grad: Tensor, parameter: Tensor) -> Tensor:
+    """The gradient without gaps and in its weight's order, which is every rank's; or a copy."""
+    import torch
+
+    steps = list(zip(grad.shape, grad.stride(), parameter.stride(), strict=True))
+    alike = all(own == other for size, own, other in steps if size > 1)
+    is_dense = grad.numel() == 1 + sum((size - 1) * own for size, own, _ in steps)
+    return grad if alike and is_dense else torch.empty_like(parameter).copy_(grad)
 
 
 def any_rank(flag: bool) -> bool:

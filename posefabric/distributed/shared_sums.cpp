@@ -8,8 +8,10 @@
 #include <sched.h>
 #include <time.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <vector>
 
 typedef long long Int;
 typedef std::atomic<Int> Counter;
@@ -65,11 +67,11 @@ static bool arrives(const Counter* other, Int step, double patience) {
   return true;
 }
 
-// In the order of ranks, so that all have the same bits.
+// Of `count` numbers from `offset` bytes on. In the order of ranks, so that all have the same bits.
 template <class R>
-static void add_up(char* memory, Int ranks, Int room, Int step, R* sum, Int count) {
+static void add_up(char* memory, Int ranks, Int room, Int step, Int offset, R* sum, Int count) {
   for (Int rank = 0; rank < ranks; ++rank) {
-    const R* own = (const R*)array(memory, ranks, room, rank, step);
+    const R* own = (const R*)(array(memory, ranks, room, rank, step) + offset);
     if (rank == 0) {
       std::memcpy(sum, own, count * sizeof(R));
       continue;
@@ -81,25 +83,83 @@ static void add_up(char* memory, Int ranks, Int room, Int step, R* sum, Int coun
 // `room`, a multiple of 64, is what each array may take, in bytes.
 extern "C" Int bytes(Int ranks, Int room) { return ranks * (LINE + 2 * room); }
 
-extern "C" void give(char* memory, Int ranks, Int room, Int rank, Int step, const void* own,
-                     Int size, Int is_double) {
-  std::memcpy(array(memory, ranks, room, rank, step), own, size);
-  line(memory, rank)->kinds[step % 2] = 2 * size + is_double;
-  line(memory, rank)->step.store(step, std::memory_order_release);
+// One rank's view of the memory. After `patience` seconds without a rank it asks, how often it has
+// asked in this wait, whether to go on waiting: 0 is yes.
+struct Group {
+  char* memory;
+  Int ranks, room, rank, step;
+  double patience;
+  int (*give_up)(Int rank, Int asked);
+};
+const Int UNEQUAL = -2;  // a rank that has given another kind of array
+
+static void say_given(const Group& group, Int size, Int is_double) {
+  Line* mine = line(group.memory, group.rank);
+  mine->kinds[group.step % 2] = 2 * size + is_double;
+  mine->step.store(group.step, std::memory_order_release);
 }
 
-// The sum of arrays of `size` bytes of doubles or floats. Comes back with -1, with -2 where a rank
-// has given another kind of array, or with a rank that has not given its own after `patience`
-// seconds.
-extern "C" Int take(char* memory, Int ranks, Int room, Int own, Int step, void* sum, Int size,
-                    Int is_double, double patience) {
-  for (Int rank = 0; rank < ranks; ++rank)
-    if (rank != own && !arrives(&line(memory, rank)->step, step, patience)) return rank;
-  for (Int rank = 0; rank < ranks; ++rank)
-    if (line(memory, rank)->kinds[step % 2] != 2 * size + is_double) return -2;
-  if (is_double)
-    add_up<double>(memory, ranks, room, step, (double*)sum, size / sizeof(double));
-  else
-    add_up<float>(memory, ranks, room, step, (float*)sum, size / sizeof(float));
-  return -1;
+static bool all_given(const Group& group, Int size, Int is_double) {
+  Int asked = 0;
+  for (Int rank = 0; rank < group.ranks; ++rank)
+    while (rank != group.rank &&
+           !arrives(&line(group.memory, rank)->step, group.step, group.patience))
+      if (group.give_up(rank, asked++)) return false;
+  for (Int rank = 0; rank < group.ranks; ++rank)
+    if (line(group.memory, rank)->kinds[group.step % 2] != 2 * size + is_double) {
+      group.give_up(UNEQUAL, asked);
+      return false;
+    }
+  return true;
+}
+
+// Bytes of one array among several: where they lie there, and in the room.
+struct Piece {
+  Int array, begin, place, size;
+};
+
+// The next ones from an array's byte on, as many as the room takes.
+static std::vector<Piece> next_pieces(Int room, const Int* sizes, Int count, Int array, Int begin) {
+  std::vector<Piece> found;
+  for (Int place = 0; array < count && place < room; ++array, begin = 0) {
+    const Int size = std::min(sizes[array] - begin, room - place);
+    found.push_back({array, begin, place, size});
+    place += size;
+  }
+  return found;
+}
+
+// The sums of arrays of `sizes` bytes of doubles or floats, which may be written over what is
+// given. Comes back with 0, or where waiting was given up.
+extern "C" int add(Group* group, const char* const* given, char* const* sums, const Int* sizes,
+                   Int count, Int is_double) {
+  Int array_now = 0, begin = 0;
+  while (array_now < count) {
+    const auto pieces = next_pieces(group->room, sizes, count, array_now, begin);
+    const Piece& last = pieces.back();
+    ++group->step;
+    char* own = array(group->memory, group->ranks, group->room, group->rank, group->step);
+    for (const Piece& p : pieces) std::memcpy(own + p.place, given[p.array] + p.begin, p.size);
+    say_given(*group, last.place + last.size, is_double);
+    if (!all_given(*group, last.place + last.size, is_double)) return 1;
+    for (const Piece& p : pieces) {
+      char* sum = sums[p.array] + p.begin;
+      if (is_double)
+        add_up(group->memory, group->ranks, group->room, group->step, p.place, (double*)sum,
+               p.size / (Int)sizeof(double));
+      else
+        add_up(group->memory, group->ranks, group->room, group->step, p.place, (float*)sum,
+               p.size / (Int)sizeof(float));
+    }
+    array_now = last.array;
+    begin = last.begin + last.size;
+    if (begin == sizes[array_now]) ++array_now, begin = 0;
+  }
+  return 0;
+}
+
+extern "C" int add_doubles(void* group, double* values, Int count) {
+  char* place = (char*)values;
+  const Int size = count * sizeof(double);
+  return add((Group*)group, &place, &place, &size, 1, 1);
 }

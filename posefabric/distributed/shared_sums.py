@@ -14,10 +14,11 @@ import mmap
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from posefabric.distributed.adder import Adder, address_of
 from posefabric.distributed.launch import TIMEOUT, Launch
 from posefabric.native import compile_library
 from posefabric.structures import PosefabricError
@@ -28,15 +29,32 @@ if TYPE_CHECKING:
 SOURCE = Path(__file__).with_name("shared_sums.cpp")
 ROOM = 1 << 20  # bytes of a rank's array; what is larger comes in pieces
 ERRORS = (OSError, ValueError, AttributeError, RuntimeError, PosefabricError)
-DONE, UNEQUAL = -1, -2
+UNEQUAL = -2
 LOOK_S = 0.25  # between looks at whether a rank that is waited for still lives
 
 
 _log = logging.getLogger(__name__)
 
 
+_GIVE_UP = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong)
+
+
+class _Group(ctypes.Structure):
+    """As in ``shared_sums.cpp``."""
+
+    _fields_ = (
+        ("memory", ctypes.c_void_p),
+        ("ranks", ctypes.c_longlong),
+        ("room", ctypes.c_longlong),
+        ("rank", ctypes.c_longlong),
+        ("step", ctypes.c_longlong),
+        ("patience", ctypes.c_double),
+        ("give_up", _GIVE_UP),
+    )
+
+
 class SharedSums:
-    """The memory of all ranks, which have to call :meth:`add` equally often.
+    """The memory of all ranks, which have to call :meth:`add` and ``adder`` equally often.
 
     A rank holds a lock on its byte of the file, which the system takes back when it ends, however
     it ends. Raises one of ``ERRORS`` where the file cannot be mapped; it is closed then.
@@ -48,7 +66,10 @@ class SharedSums:
 
     def __init__(self, file: int, launch: Launch) -> None:
         self._file = file
-        self._rank, self._ranks, self._step = launch.rank, launch.ranks, 0
+        self._rank, self._ranks = launch.rank, launch.ranks
+        self._ended: list[int] = []
+        self._until = 0.0
+        self._problem = RuntimeError("nothing has gone wrong")
         try:
             self._library = _load()
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, self._rank)
@@ -56,8 +77,15 @@ class SharedSums:
         except ERRORS:
             os.close(file)
             raise
-        address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
-        self._place = (address, self._ranks, ROOM)
+        place = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        ask = _GIVE_UP(self._give_up)
+        self._group = _Group(place, self._ranks, ROOM, self._rank, 0, LOOK_S, ask)
+        self.adder = Adder(
+            address_of(self._library.add_doubles),
+            ctypes.addressof(self._group),
+            lambda: self._problem,
+            owner=self._group,
+        )
 
     def add(self, own: Tensor) -> Tensor:
         """The sum over all ranks of float32 or float64 (n,); the same bits on each.
@@ -65,28 +93,45 @@ class SharedSums:
         Raises RuntimeError, as torch's own collectives, when a rank has ended or stays away.
         """
         own = own.contiguous()
-        total, size = own.new_empty(own.shape), own.element_size()
-        given, taken, left = own.data_ptr(), total.data_ptr(), own.numel() * size
-        while left:
-            piece = min(left, ROOM)
-            self._step += 1
-            self._library.give(*self._place, self._rank, self._step, given, piece, size == 8)
-            self._take(taken, piece, size == 8)
-            given, taken, left = given + piece, taken + piece, left - piece
+        total = own.new_empty(own.shape)
+        self._add([own], [total])
         return total
 
-    def _take(self, into: int, size: int, is_double: bool) -> None:
-        arguments = (*self._place, self._rank, self._step, into, size, is_double, LOOK_S)
-        ended, until = [], time.monotonic() + TIMEOUT.total_seconds()
-        while (found := self._library.take(*arguments)) != DONE:
-            if found == UNEQUAL:
-                raise RuntimeError("ranks add up different things")
-            # Asked once more: one that has given its numbers and then ended is not missed.
-            if ended:
-                raise RuntimeError(f"rank {ended[0]} has ended")
-            ended = [r for r in range(self._ranks) if r != self._rank and not self._lives(r)]
-            if time.monotonic() > until:
-                raise RuntimeError(f"rank {found} did not come within {TIMEOUT}")
+    def add_in_place(self, tensors: Sequence[Tensor]) -> None:
+        """The same for tensors of one type, without gaps and laid out alike on every rank."""
+        self._add(tensors, tensors)
+
+    def _add(self, given: Sequence[Tensor], sums: Sequence[Tensor]) -> None:
+        full = [i for i, tensor in enumerate(given) if tensor.numel()]
+        size, count = given[0].element_size(), len(full)
+        pointers, sizes = ctypes.c_void_p * count, ctypes.c_longlong * count
+        failed = self._library.add(
+            ctypes.byref(self._group),
+            pointers(*(given[i].data_ptr() for i in full)),
+            pointers(*(sums[i].data_ptr() for i in full)),
+            sizes(*(given[i].numel() * size for i in full)),
+            count,
+            size == 8,
+        )
+        if failed:
+            raise self._problem
+
+    def _give_up(self, rank: int, asked: int) -> int:
+        if rank == UNEQUAL:
+            return self._fail("ranks add up different things")
+        if asked == 0:
+            self._ended, self._until = [], time.monotonic() + TIMEOUT.total_seconds()
+        # Asked once more: one that has given its numbers and then ended is not missed.
+        if self._ended:
+            return self._fail(f"rank {self._ended[0]} has ended")
+        self._ended = [r for r in range(self._ranks) if r != self._rank and not self._lives(r)]
+        if time.monotonic() > self._until:
+            return self._fail(f"rank {rank} did not come within {TIMEOUT}")
+        return 0
+
+    def _fail(self, problem: str) -> int:
+        self._problem = RuntimeError(problem)
+        return 1
 
     def close(self) -> None:
         """Give back the file, and the lock with it; the memory goes with the process."""
@@ -153,8 +198,5 @@ def _load() -> ctypes.CDLL:
     library = ctypes.CDLL(str(compile_library(SOURCE, ("-O2",))))
     whole, pointer = ctypes.c_longlong, ctypes.c_void_p
     library.bytes.argtypes, library.bytes.restype = [whole, whole], whole
-    library.give.argtypes = [pointer, *[whole] * 4, pointer, whole, whole]
-    library.give.restype = None
-    library.take.argtypes = [pointer, *[whole] * 4, pointer, whole, whole, ctypes.c_double]
-    library.take.restype = whole
+    library.add.argtypes = [pointer, pointer, pointer, pointer, whole, whole]
     return library

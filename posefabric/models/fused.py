@@ -58,7 +58,7 @@ def takes_norm(norm: nn.Module, x: Tensor) -> bool:
         and norm.running_mean is not None
         and norm.running_mean.dtype == computed_in(x.dtype)
         and norm.num_features == x.shape[1]
-        and (Norms.add_up is not None or x.numel() // x.shape[1] > 1)
+        and (Norms.adder is not None or x.numel() // x.shape[1] > 1)
     )
 
 
@@ -92,7 +92,7 @@ class _WeightedSum(torch.autograd.Function):
     def forward(ctx: Any, terms: list[Term], relu: bool, *tensors: Tensor | None) -> Tensor:
         first: Any = tensors[0]
         out = torch.empty_like(first, memory_format=torch.channels_last)
-        ctx.kept = add_terms(terms, tensors, Norms.add_up, out, relu=relu)
+        ctx.kept = add_terms(terms, tensors, Norms.adder, out, relu=relu)
         ctx.save_for_backward(*tensors, out if relu else None)
         return out
 

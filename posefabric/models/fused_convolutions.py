@@ -95,7 +95,7 @@ class _NormedDepthwise(torch.autograd.Function):
         ctx: Any, term: Term, window: Window, weight: Tensor, *tensors: Tensor | None
     ) -> Tensor:
         ctx.window = window
-        ctx.kept = add_terms([term], tensors, Norms.add_up, None)
+        ctx.kept = add_terms([term], tensors, Norms.adder, None)
         ctx.save_for_backward(weight, *tensors)
         return _convolved(term.x, weight, window, ctx.kept)
 

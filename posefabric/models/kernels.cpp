@@ -27,16 +27,16 @@ extern "C" Int threads() { return omp_get_max_threads(); }
                                        Int d, Int t, Int l) {                                     \
     depthwise_weight<M, R>(x, {stats, act}, g, dw, b, h, wd, oh, ow, c, k, s, d, t, l);           \
   }                                                                                               \
-  extern "C" void weighted_sum_##S(Int count, const void* terms, Int n, Int c, Int wanted,         \
-                                   double* sums, double values, Int relu, M* out) {               \
-    weighted_sum(count, static_cast<const Term<M, R>*>(terms), n, c, wanted, sums, values, relu,  \
-                 out);                                                                            \
+  extern "C" double weighted_sum_##S(Int count, const void* terms, Int n, Int c, Int again,        \
+                                     AddUp add, void* context, Int relu, M* out) {                \
+    return weighted_sum(count, static_cast<const Term<M, R>*>(terms), n, c, again,                \
+                        {add, context}, relu, out);                                               \
   }                                                                                               \
-  extern "C" void weighted_sum_back_##S(Int count, const void* terms, Int n, Int c, Int wanted,   \
-                                        const M* g, const M* sum, M* passed, double* totals,      \
-                                        double values) {                                          \
-    weighted_sum_back(count, static_cast<const Slope<M, R>*>(terms), n, c, wanted, g, sum,        \
-                      passed, totals, values);                                                    \
+  extern "C" Int weighted_sum_back_##S(Int count, const void* terms, Int n, Int c, const M* g,     \
+                                       const M* sum, M* passed, double* totals, double values,    \
+                                       AddUp add, void* context) {                                \
+    return weighted_sum_back(count, static_cast<const Slope<M, R>*>(terms), n, c, g, sum, passed, \
+                             totals, values, {add, context});                                     \
   }
 
 EXPORT(float, float, f32)

@@ -26,8 +26,8 @@ SUFFIX = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
 SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "depthwise": ([_P, _P, _I] + [_P] * 3 + [_I] * 12, None),
     "depthwise_weight": ([_P, _P, _I] + [_P] * 2 + [_I] * 11, None),
-    "weighted_sum": ([_I, _B, _I, _I, _I, _P, _D, _I, _P], None),
-    "weighted_sum_back": ([_I, _B, _I, _I, _I, _P, _P, _P, _P, _D], None),
+    "weighted_sum": ([_I, _B, _I, _I, _I, _P, _P, _I, _P], _D),
+    "weighted_sum_back": ([_I, _B, _I, _I, _P, _P, _P, _P, _D, _P, _P], _I),
 }
 
 

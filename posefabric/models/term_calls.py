@@ -5,42 +5,36 @@ from __future__ import annotations
 import contextlib
 import itertools
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from posefabric.distributed.adder import Adder
 from posefabric.models.kernels import address, computed_in, kernel, rows_of
 from posefabric.structures import PosefabricError
-
-AddUp = Callable[[Tensor], Tensor]
 
 # The layout of Term and Slope in weighted_sum.h.
 _TERM = struct.Struct("@8Pq3d")
 _SLOPE = struct.Struct("@7P2qd")
-GATHER, FACTORS, MIX = 1, 2, 4
 NONE, RELU, RELU6 = 0, 1, 2
 
 
 class Norms:
     """What adds up the batches of all processes for norms that see all of them."""
 
-    add_up: AddUp | None = None
+    adder: Adder | None = None
 
 
 @contextlib.contextmanager
-def norms_over_all(add_up: AddUp) -> Iterator[None]:
-    """Inside, norms see the batches of all processes.
-
-    ``add_up`` takes float64 (n,) and returns the sum over the processes, all of which call it
-    as often, forward and backward.
-    """
-    before, Norms.add_up = Norms.add_up, add_up
+def norms_over_all(adder: Adder) -> Iterator[None]:
+    """Inside, norms see the batches of all processes, which call it as often, forward and back."""
+    before, Norms.adder = Norms.adder, adder
     try:
         yield
     finally:
-        Norms.add_up = before
+        Norms.adder = before
 
 
 def one_value(shape: torch.Size) -> PosefabricError:
@@ -87,7 +81,7 @@ class Kept:
     normed: list[bool]
     stats: Tensor | None
     values: float
-    add_up: AddUp | None
+    adder: Adder | None
 
     def places(self) -> list[int | None]:
         """Each term's address of its four rows."""
@@ -101,7 +95,7 @@ class Kept:
 def add_terms(
     terms: Sequence[Term],
     tensors: Sequence[Tensor | None],
-    add_up: AddUp | None,
+    adder: Adder | None,
     out: Tensor | None,
     *,
     relu: bool = False,
@@ -109,7 +103,7 @@ def add_terms(
     """Fill ``out``, of the maps' shape, with the sum; none: only the norms' statistics.
 
     Moves the running statistics. ``tensors`` are those of every term. Raises
-    PosefabricError where norms see one value a channel.
+    PosefabricError where norms see one value a channel, or what the adder met.
     """
     first = tensors[0]
     assert first is not None
@@ -122,7 +116,7 @@ def add_terms(
         normed=normed,
         stats=torch.empty(count, 4, channels, dtype=computed_in(first.dtype)) if count else None,
         values=float(rows),
-        add_up=add_up if count else None,
+        adder=adder if count else None,
     )
     packed = b"".join(
         _TERM.pack(*_addresses(term, tensors[5 * i : 5 * i + 5], place), *_numbers(term, weight))
@@ -131,21 +125,12 @@ def add_terms(
         )
     )
     run = kernel("weighted_sum", first.dtype)
-    then = 0 if out is None else MIX
-    if kept.add_up is None:
-        wanted = GATHER | FACTORS | then
-        run(len(terms), packed, rows, channels, wanted, None, kept.values, relu, address(out))
-        return kept
-    sums = torch.empty(count * 2 * channels + 1, dtype=torch.float64)
-    run(len(terms), packed, rows, channels, GATHER, sums.data_ptr(), 0.0, False, None)
-    # One operation for all norms of the sum.
-    sums[-1] = rows
-    sums = kept.add_up(sums)
-    kept.values = float(sums[-1])
-    if kept.values <= 1:
+    over_all = _over_all(kept.adder)
+    kept.values = run(len(terms), packed, rows, channels, False, *over_all, relu, address(out))
+    if kept.values < 0:
+        raise _problem(kept)
+    if count and kept.values <= 1:
         raise one_value(first.shape)
-    then |= FACTORS
-    run(len(terms), packed, rows, channels, then, sums.data_ptr(), kept.values, relu, address(out))
     return kept
 
 
@@ -155,7 +140,7 @@ def term_again(x: Tensor, kept: Kept) -> Tensor:
     own = x.data_ptr(), 0, 0, 0, 0, 0, 0, kept.places()[0] or 0
     packed = _TERM.pack(*own, kept.acts[0], kept.weights[0], 0.0, 0.0)
     run = kernel("weighted_sum", x.dtype)
-    run(1, packed, *rows_of(x), MIX, None, kept.values, False, out.data_ptr())
+    run(1, packed, *rows_of(x), True, None, None, False, out.data_ptr())
     return out
 
 
@@ -207,24 +192,23 @@ def term_gradients(
     run = kernel("weighted_sum_back", gradient.dtype)
     maps = [address(t) for t in (gradient, out, passed)]
 
-    def call(what: int) -> None:
-        every = b"".join(packed)
-        run(count, every, rows, channels, what, *maps, totals.data_ptr(), kept.values)
-
-    if kept.add_up is None:
-        call(GATHER | MIX)
-    else:
-        call(GATHER)
-        shared = [i for i, normed in enumerate(kept.normed) if normed and wanted[5 * i]]
-        if shared:
-            sums = totals[shared, :-1]
-            totals[shared, :-1] = kept.add_up(sums.flatten()).view_as(sums)
-        call(MIX)
+    numbers = totals.data_ptr(), kept.values, *_over_all(kept.adder)
+    if run(count, b"".join(packed), rows, channels, *maps, *numbers):
+        raise _problem(kept)
     for i in range(count):
         scalar = found[5 * i + 1]
         if scalar is not None:
             found[5 * i + 1] = totals[i, -1].to(scalar.dtype)
     return found
+
+
+def _over_all(adder: Adder | None) -> tuple[int | None, int | None]:
+    return (None, None) if adder is None else (adder.function, adder.context)
+
+
+def _problem(kept: Kept) -> Exception:
+    assert kept.adder is not None
+    return kept.adder.problem()
 
 
 def _addresses(term: Term, tensors: Sequence[Tensor | None], stats: int | None) -> tuple[int, ...]:

@@ -15,30 +15,59 @@ template <class M, class R> struct Term {
   double weight, momentum, eps;
 };
 
-// What of it is wanted: sums over this process's pixels, what they make of the norms, the sum.
-enum { GATHER = 1, FACTORS = 2, MIX = 4 };
+// What adds up values over all processes, in place; not 0 where it failed.
+typedef int (*AddUp)(void* context, double* values, Int count);
 
-// `sums` (norms, 2 C) is null where all is wanted at once; `values` are of all processes.
+struct Adder {
+  AddUp add;  // null: this process is all there is
+  void* context;
+};
+
+// The norms' statistics: of this process's pixels, or with an adder of all processes'. Comes back
+// with how many values a channel they see: norms want more than one, and nothing is done else; or
+// with less than zero where adding up failed.
 template <class M, class R>
-static void weighted_sum(Int count, const Term<M, R>* terms, Int rows, Int channels, Int wanted,
-                         double* sums, double values, Int relu, M* out) {
-  const bool whole = (wanted & GATHER) && (wanted & FACTORS);
-  std::vector<double> own(whole ? 2 * channels : 0);
-  double* place = sums;
+static double gather_norms(Int count, const Term<M, R>* terms, Int normed, Int rows, Int channels,
+                           Adder adder) {
+  const bool many = adder.add != nullptr;
+  std::vector<double> sums(normed * 2 * channels + 1);
+  double* place = sums.data();
+  for (Int t = 0; t < count; ++t) {
+    if (!terms[t].stats) continue;
+    moments<M, R>(terms[t].x, rows, channels, many, place);
+    place += 2 * channels;
+  }
+  // Last the values: one operation for all norms of the sum.
+  *place = rows;
+  if (many && adder.add(adder.context, sums.data(), sums.size())) return -1;
+  const double values = *place;
+  if (values <= 1) return values;
+  place = sums.data();
   for (Int t = 0; t < count; ++t) {
     const Term<M, R>& term = terms[t];
     if (!term.stats) continue;
-    double* found = whole ? own.data() : place;
-    if (wanted & GATHER) moments<M, R>(term.x, rows, channels, !whole, found);
-    if (wanted & FACTORS) {
-      norm_factors<M, R>(found, whole ? term.x : nullptr, values, channels, term.gamma, term.beta,
-                         term.bias, term.running_mean, term.running_var, term.momentum, term.eps,
-                         term.stats);
-      if (term.batches) ++*term.batches;
-    }
-    if (place) place += 2 * channels;
+    norm_factors<M, R>(place, many ? nullptr : term.x, values, channels, term.gamma, term.beta,
+                       term.bias, term.running_mean, term.running_var, term.momentum, term.eps,
+                       term.stats);
+    if (term.batches) ++*term.batches;
+    place += 2 * channels;
   }
-  if (!(wanted & MIX)) return;
+  return values;
+}
+
+// Fills `out`, where there is one. `again`: the norms' statistics are known. Comes back as
+// `gather_norms`.
+template <class M, class R>
+static double weighted_sum(Int count, const Term<M, R>* terms, Int rows, Int channels, Int again,
+                           Adder adder, Int relu, M* out) {
+  Int normed = 0;
+  for (Int t = 0; t < count; ++t) normed += terms[t].stats != nullptr;
+  double values = rows;
+  if (normed && !again) {
+    values = gather_norms(count, terms, normed, rows, channels, adder);
+    if (values <= 1) return values;
+  }
+  if (!out) return values;
   std::vector<const M*> x(count);
   std::vector<const R*> factors(count);
   std::vector<Int> acts(count);
@@ -51,6 +80,7 @@ static void weighted_sum(Int count, const Term<M, R>* terms, Int rows, Int chann
   }
   mix<M, R>(count, x.data(), factors.data(), acts.data(), weights.data(), rows, channels, relu,
             out);
+  return values;
 }
 
 // Of a term, backwards: what is null is not wanted.
@@ -63,30 +93,66 @@ template <class M, class R> struct Slope {
   double weight;
 };
 
+// Over all processes, the sums that the gradients of normed maps need; not 0 where it failed.
+template <class M, class R>
+static Int add_totals(Int count, const Slope<M, R>* terms, Int channels, Adder adder,
+                      double* totals) {
+  std::vector<double> sums;
+  const auto each = [&](auto visit) {
+    for (Int t = 0; t < count; ++t)
+      if (terms[t].stats && terms[t].dx) visit(totals + t * (2 * channels + 1));
+  };
+  each([&](double* own) { sums.insert(sums.end(), own, own + 2 * channels); });
+  if (sums.empty()) return 0;
+  if (adder.add(adder.context, sums.data(), sums.size())) return 1;
+  const double* place = sums.data();
+  each([&](double* own) {
+    std::copy(place, place + 2 * channels, own);
+    place += 2 * channels;
+  });
+  return 0;
+}
+
 // `totals` has 2 C + 1 numbers a term: the sums that its map's gradient needs, and the gradient of
 // its weight. `sum` is the sum itself where it has a ReLU; `passed`, where there is one, takes the
-// gradient that the ReLU lets through, once for all terms.
+// gradient that the ReLU lets through, once for all terms. `values` are of all processes. Comes
+// back with 0, or where adding up failed.
 template <class M, class R>
-static void weighted_sum_back(Int count, const Slope<M, R>* terms, Int rows, Int channels,
-                              Int wanted, const M* g, const M* sum, M* passed, double* totals,
-                              double values) {
+static Int weighted_sum_back(Int count, const Slope<M, R>* terms, Int rows, Int channels,
+                             const M* g, const M* sum, M* passed, double* totals, double values,
+                             Adder adder) {
   if (passed) {
-    if (wanted & GATHER)
-      term_input<M, R, NONE, false>({g, g, sum, nullptr, channels}, nullptr, 1.0, rows, nullptr,
-                                    1.0, passed);
+    term_input<M, R, NONE, false>({g, g, sum, nullptr, channels}, nullptr, 1.0, rows, nullptr, 1.0,
+                                  passed);
     g = passed;
     sum = nullptr;
   }
-  for (Int t = 0; t < count; ++t) {
-    const Slope<M, R>& term = terms[t];
-    double* total = totals + t * (2 * channels + 1);
-    with_slopes(term.x, g, sum, term.stats, term.act, channels, [&](const auto& slopes) {
-      // One after the other, while the map is in the cache.
-      if ((wanted & GATHER) && (term.stats || term.wants_weight))
-        total[2 * channels] = term_sums(slopes, term.gamma, term.beta, term.weight, rows, total,
-                                        term.dgamma, term.dbeta);
-      if ((wanted & MIX) && term.dx)
-        term_input(slopes, term.gamma, term.weight, rows, total, values, term.dx);
+  const auto gather = [&](const Slope<M, R>& term, const auto& slopes, double* total) {
+    if (term.stats || term.wants_weight)
+      total[2 * channels] = term_sums(slopes, term.gamma, term.beta, term.weight, rows, total,
+                                      term.dgamma, term.dbeta);
+  };
+  const auto apply = [&](const Slope<M, R>& term, const auto& slopes, const double* total) {
+    if (term.dx) term_input(slopes, term.gamma, term.weight, rows, total, values, term.dx);
+  };
+  const auto each = [&](auto visit) {
+    for (Int t = 0; t < count; ++t) {
+      const Slope<M, R>& term = terms[t];
+      with_slopes(term.x, g, sum, term.stats, term.act, channels, [&](const auto& slopes) {
+        visit(term, slopes, totals + t * (2 * channels + 1));
+      });
+    }
+  };
+  if (!adder.add) {
+    // One after the other, while the map is in the cache.
+    each([&](const auto& term, const auto& slopes, double* total) {
+      gather(term, slopes, total);
+      apply(term, slopes, total);
     });
+    return 0;
   }
+  each(gather);
+  if (add_totals(count, terms, channels, adder, totals)) return 1;
+  each(apply);
+  return 0;
 }

@@ -226,7 +226,7 @@ class Trainer:
         self._scaler.update()
         self._ranks.average_statistics()
         if self._average is not None:
-            self._average.update(self.network, step)
+            self._average.update(step)
         return record
 
     def _decide(self, batch: PoseBatch, progress: float) -> dict[str, Any]:
@@ -292,7 +292,7 @@ class Trainer:
         if self._average is None:
             return self.validate(self.network)
         kept = {name: value.clone() for name, value in self.network.state_dict().items()}
-        self._average.copy_to(self.network)
+        self._average.copy_to_network()
         try:
             return self.validate(self.network)
         finally:
@@ -341,7 +341,7 @@ class Trainer:
 
     def _finish(self) -> None:
         if self._average is not None:
-            self._average.copy_to(self.network)
+            self._average.copy_to_network()
         self.network.eval()
 
 

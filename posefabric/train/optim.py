@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from posefabric.config import OptimConfig
 from posefabric.models.network import PoseNetwork
@@ -101,19 +102,18 @@ class AveragedWeights:
 
     def __init__(self, network: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.state = {name: value.detach().clone() for name, value in _floats(network).items()}
+        # Training writes into these tensors, and never puts others in their places.
+        self._own = _floats(network)
+        self.state = {name: value.detach().clone() for name, value in self._own.items()}
 
-    @torch.no_grad()
-    def update(self, network: nn.Module, step: int) -> None:
+    def update(self, step: int) -> None:
         """Move towards the network; early on faster, so that the start is forgotten."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        values = _floats(network)
-        for name, average in self.state.items():
-            average.lerp_(values[name], 1 - decay)
+        towards = get_ema_multi_avg_fn(min(self.decay, (1 + step) / (10 + step)))
+        towards(list(self.state.values()), list(self._own.values()), step)
 
     @torch.no_grad()
-    def copy_to(self, network: nn.Module) -> None:
-        for name, value in _floats(network).items():
+    def copy_to_network(self) -> None:
+        for name, value in self._own.items():
             value.copy_(self.state[name])
 
     def load(self, state: Mapping[str, Tensor]) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from posefabric.distributed import add_up, summed
+from posefabric.distributed import adder, summed
 from posefabric.models.term_calls import norms_over_all, one_value
 
 _TORCHS = functional.batch_norm
@@ -27,7 +27,7 @@ def synchronised_norms() -> Iterator[None]:
     """
     before, functional.batch_norm = functional.batch_norm, _batch_norm
     try:
-        with norms_over_all(add_up):
+        with norms_over_all(adder()):
             yield
     finally:
         functional.batch_norm = before

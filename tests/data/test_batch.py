@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from posefabric.config import AugmentConfig
-from posefabric.data.augment import augment_transforms, draw, jitter_colour
+from posefabric.data.augment import augment_transforms, draw, erase_rectangle, jitter_colour
 from posefabric.data.batch import Normalisation, prepare_batch, warp_crops
 from posefabric.data.codec import Codec
 from posefabric.data.crop import PRESETS, CropGeometry, crop_person, transform_points
@@ -291,11 +291,60 @@ def test_colour_jitter_follows_its_formula_and_range() -> None:
     assert strong.max() <= 255
 
 
+def test_erasing_covers_one_rectangle_of_the_drawn_images() -> None:
+    """Its area and aspect lie in the method's ranges where it does not reach over the border."""
+    pixels = torch.rand(400, 3, 40, 30, generator=torch.Generator().manual_seed(0)) * 255
+    draws = draw(400, torch.Generator().manual_seed(1))
+    assert torch.equal(erase_rectangle(pixels, draws, 0.0), pixels)
+    found = erase_rectangle(pixels, draws, 0.5)
+    changed = (found != pixels).any(dim=1)
+    covered = changed.flatten(1).any(dim=1)
+    assert torch.equal(covered, draws.erase[:, 0] < 0.5)
+    whole = 0
+    for image, plain, mask in zip(found[covered], pixels[covered], changed[covered], strict=True):
+        rows, columns = mask.any(dim=1).nonzero()[:, 0], mask.any(dim=0).nonzero()[:, 0]
+        top, left = int(rows[0]), int(columns[0])
+        height, width = int(rows[-1]) - top + 1, int(columns[-1]) - left + 1
+        mean = plain.mean(dim=(-2, -1))[:, None, None].expand(3, height, width)
+        inside = image[:, top : top + height, left : left + width]
+        torch.testing.assert_close(inside, mean, atol=1e-3, rtol=0)
+        if top and left and top + height < 40 and left + width < 30:
+            whole += 1
+            # Half a pixel on each side lies between the rectangle and the pixels it covers.
+            assert (height - 1) * (width - 1) <= 0.2 * 1200
+            assert (height + 1) * (width + 1) >= 0.02 * 1200
+            assert (height - 1) / (width + 1) <= 1 / 0.3
+            assert (height + 1) / (width - 1) >= 0.3
+    assert whole > 60
+
+
+def test_erasing_leaves_keypoints_and_the_other_draws_alone() -> None:
+    geometry = CropGeometry((96, 128), "hrnet", margin=1.5)
+    batch = make_batch(geometry)
+    plain, erased = (
+        prepare(
+            batch,
+            geometry,
+            augment=AugmentConfig(erase=share),
+            generator=torch.Generator().manual_seed(5),
+        )
+        for share in (0.0, 1.0)
+    )
+    assert torch.equal(plain.heatmaps, erased.heatmaps)
+    assert torch.equal(plain.weights, erased.weights)
+    same = (plain.images == erased.images).all(dim=1).flatten(1).double().mean(dim=1)
+    assert (same < 1).all()
+    assert (same > 0.75).all()
+
+
 def test_everything_ends_on_the_device() -> None:
     """The meta device refuses to mix with the CPU as an accelerator would."""
     geometry = CropGeometry((96, 128), "udp", margin=1.5)
     batch = make_batch(geometry)
-    options = {"augment": AugmentConfig(half_body=0.5), "generator": torch.Generator()}
+    options = {
+        "augment": AugmentConfig(half_body=0.5, erase=0.5),
+        "generator": torch.Generator(),
+    }
     found = prepare(batch, geometry, device="meta", **options)
     for name in ("images", "heatmaps", "weights", "input_to_image", "index"):
         assert getattr(found, name).device.type == "meta"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import in_ranks
-from torch import nn
+from torch import Tensor, nn
 
 from posefabric.distributed import (
     any_rank,
@@ -21,6 +21,8 @@ from posefabric.distributed import (
     in_step,
     on_each,
     place,
+    ranks,
+    shared_sums,
     sum_gradients,
     summed,
 )
@@ -92,6 +94,37 @@ def test_every_rank_gets_the_same_answers(tmp_path: Path) -> None:
         assert found["first_fails"] == "DataError: picture 0 is bad"
         assert found["equal"] == "no error but None"
         assert "weights: differs on rank 1 from rank 0" in found["different"]
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared memory", "gloo"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_of_any_size_and_layout(
+    dtype: torch.dtype, shared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than shared memory takes at a time, nothing at all, and another layout on one rank."""
+    if not shared:
+        monkeypatch.setattr(ranks, "open_together", lambda launch, gather: None)
+    large = shared_sums.ROOM // 8
+    shapes = [(3,), (large - 1,), (0,), (4, 3, 3, 3), (large, 5), (), (2, 1, 3, 3)]
+
+    def gradient(shape: tuple[int, ...], rank: int) -> Tensor:
+        generator = torch.Generator().manual_seed(10 * len(shape) + rank)
+        return torch.randn(shape, generator=generator, dtype=dtype)
+
+    def work(rank: int) -> list[Tensor | None]:
+        parameters = [nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in shapes]
+        for parameter, shape in zip(parameters, shapes, strict=True):
+            parameter.grad = gradient(shape, rank)
+            if rank == 1 and len(shape) == 4:
+                parameter.grad = parameter.grad.to(memory_format=torch.channels_last)
+        sum_gradients(parameters)
+        assert (ranks._Group.shared is not None) == shared
+        return [parameter.grad for parameter in parameters]
+
+    first, second = in_ranks(work, tmp_path)
+    for shape, a, b in zip(shapes, first, second, strict=True):
+        assert torch.equal(a, gradient(shape, 0) + gradient(shape, 1))
+        assert torch.equal(a, b)
 
 
 def test_one_process_needs_no_group() -> None:

@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import in_ranks
+from torch import nn
 
-from posefabric.distributed import RankLost, ranks, summed, watch
+from posefabric.distributed import RankLost, adder, ranks, summed, watch
+from posefabric.models.fused import weighted_sum
+from posefabric.models.term_calls import Term, norms_over_all
 from posefabric.structures import PosefabricError
 
 
@@ -47,6 +50,24 @@ def test_a_killed_rank_is_named(shared: bool, tmp_path: Path) -> None:
     assert second is None
     assert first.startswith("rank 0 of 2 stops: rank 1 (")
     assert "has ended without a word" in first and "--resume" in first
+
+
+def test_a_rank_killed_while_compiled_code_adds_up(shared: bool, tmp_path: Path) -> None:
+    def work(rank: int) -> float:
+        meet(shared)
+        own = adder()
+        x = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last).requires_grad_()
+        with norms_over_all(own):
+            for turn in range(1000):
+                weighted_sum([Term(x, norm=nn.BatchNorm2d(3))])
+                if rank == 1 and turn == 3:
+                    os.kill(os.getpid(), signal.SIGKILL)
+        return 0.0
+
+    first, second = in_ranks(work, tmp_path)
+    assert second is None
+    assert first.startswith("rank 0 of 2 stops: rank 1 (")
+    assert "has ended without a word" in first
 
 
 def test_the_killed_rank_may_be_the_one_that_holds_the_meeting_place(

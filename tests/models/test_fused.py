@@ -10,6 +10,7 @@ from networks import noise
 from torch import Tensor, nn
 from torch.nn import functional
 
+from posefabric.distributed import Adder
 from posefabric.models.chains import chain
 from posefabric.models.fused import weighted_sum
 from posefabric.models.fused_convolutions import Window, depthwise
@@ -117,7 +118,7 @@ def test_norms_of_two_processes_that_have_the_same() -> None:
         calls.append(len(sums))
         return 2 * sums
 
-    with norms_over_all(add_up):
+    with norms_over_all(Adder.calling(add_up)):
         terms = [Term(x, 0.5, norms[0], RELU), Term(y, norm=norms[1]), Term(z, 2.0)]
         found = weighted_sum(terms)
         found.backward(towards)
@@ -138,7 +139,10 @@ def test_norms_of_two_processes_that_have_the_same() -> None:
 
 
 def test_one_value_a_channel_in_all_processes_is_told() -> None:
-    with norms_over_all(lambda sums: sums), pytest.raises(PosefabricError, match="one value a ch"):
+    with (
+        norms_over_all(Adder.calling(lambda sums: sums)),
+        pytest.raises(PosefabricError, match="one value a ch"),
+    ):
         weighted_sum([Term(noise(1, 4, 1, 1).requires_grad_(), norm=nn.BatchNorm2d(4).double())])
 
 

@@ -13,6 +13,7 @@ from networks import EVERY, make_supernet, noise
 from torch import Tensor, nn
 from torch.nn import functional
 
+from posefabric.distributed import Adder
 from posefabric.models.fused import takes, weighted_sum
 from posefabric.models.fused_convolutions import Window, depthwise, pointwise
 from posefabric.models.grouped import fast_path
@@ -164,7 +165,7 @@ def test_norms_of_two_processes_that_have_the_same() -> None:
         norm, x = nn.BatchNorm2d(24), low(3, 24, 5, 4)
         with contextlib.ExitStack() as stack:
             if times == 2:
-                stack.enter_context(norms_over_all(lambda sums: 2 * sums))
+                stack.enter_context(norms_over_all(Adder.calling(lambda sums: 2 * sums)))
             out = weighted_sum([Term(x, norm=norm, act=RELU)])
             out.backward(low(*out.shape, seed=3).detach())
         found.append([out, x.grad, norm.weight.grad, norm.running_mean])

@@ -10,6 +10,7 @@ from networks import noise
 from torch import Tensor, nn
 from torch.nn import functional
 
+from posefabric.distributed import Adder
 from posefabric.models.fused_convolutions import (
     Window,
     depthwise,
@@ -102,7 +103,7 @@ def test_such_a_norm_over_two_processes() -> None:
     towards = noise(2, 6, 5, 4, seed=2)
     found = []
     for times, norm in enumerate(norms, 1):
-        with norms_over_all(lambda sums, times=times: times * sums):
+        with norms_over_all(Adder.calling(lambda sums, times=times: times * sums)):
             out = normed_depthwise(Term(x, norm=norm, act=RELU), weight, window)
             gradients = torch.autograd.grad(out, (x, weight, norm.weight, norm.bias), towards)
         found.append([out, *gradients, norm.running_mean])

@@ -107,14 +107,14 @@ def test_averaged_weights() -> None:
             weight += 1
             network[1].running_mean += 2
         value.append(weight.detach().clone())
-        average.update(network, step)
+        average.update(step)
         # Early on a decay of (1 + step) / (10 + step), as long as that is less.
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * value[-1]
         torch.testing.assert_close(average.state["0.weight"], expected)
     assert 0 < average.state["1.running_mean"].item() < 30
     assert "1.num_batches_tracked" not in average.state
-    average.copy_to(network)
+    average.copy_to_network()
     torch.testing.assert_close(network[0].weight.detach(), expected)
     assert not torch.equal(network[0].weight.detach(), value[-1])
 
@@ -133,8 +133,8 @@ def test_the_temperature_is_not_averaged() -> None:
     network = make_supernet()
     average = AveragedWeights(network, 0.9)
     network.get_buffer("temperature").fill_(0.1)
-    average.update(network, 100)
-    average.copy_to(network)
+    average.update(100)
+    average.copy_to_network()
     assert network.get_buffer("temperature").item() == pytest.approx(0.1)
     assert "alphas.upper" in average.state and "betas.upper" in average.state
 
