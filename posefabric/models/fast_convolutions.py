@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from posefabric.models.fused import takes
+from posefabric.models.fused import is_frozen, takes
 from posefabric.models.fused_convolutions import Window, depthwise, pointwise
 from posefabric.models.kernels import computed_in, has_tiles
 from posefabric.models.recomputing import recomputing
@@ -65,7 +65,7 @@ class FastDepthwise(Fast):
 
 def fits(conv: Any, x: Tensor) -> bool:
     return (
-        conv.training
+        (conv.training or is_frozen(conv, x))
         and x.ndim == 4
         and x.shape[1] == conv.in_channels
         and computed_in(x.dtype) == conv.weight.dtype

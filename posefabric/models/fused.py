@@ -47,19 +47,28 @@ def takes(x: Tensor) -> bool:
 
 
 def takes_norm(norm: nn.Module, x: Tensor) -> bool:
-    """Whether ``norm`` normalises by the batch, and says how to keep statistics.
+    """Whether ``norm`` normalises by the batch, and says how to keep statistics, or is frozen.
 
     Processes whose norms see all their batches give the same answer.
     """
     return (
         isinstance(norm, nn.BatchNorm2d)
-        and norm.training
         and norm.momentum is not None
         and norm.running_mean is not None
         and norm.running_mean.dtype == computed_in(x.dtype)
         and norm.num_features == x.shape[1]
-        and (Norms.adder is not None or x.numel() // x.shape[1] > 1)
+        and (
+            is_frozen(norm, x)
+            if not norm.training
+            else Norms.adder is not None or x.numel() // x.shape[1] > 1
+        )
     )
+
+
+def is_frozen(layer: nn.Module, x: Tensor) -> bool:
+    """A layer in evaluation mode, within a training step, that no gradient passes."""
+    learns = x.requires_grad or any(p.requires_grad for p in layer.parameters(recurse=False))
+    return not layer.training and not learns
 
 
 def weighted_sum(terms: Sequence[Term], *, relu: bool = False) -> Tensor:

@@ -223,9 +223,20 @@ def _empty(x: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last)
 
 
+class Meeting:
+    """Where gradients of a map add up that graphs read which go backward one after the other.
+
+    A leaf with one as its ``meeting`` has what :func:`pointwise` finds in ``total``, added up on
+    the way, and what others find in ``grad`` as always.
+    """
+
+    total: Tensor | None = None
+
+
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (B, C, H, W) by weight (D, C, 1, 1): a matrix product over pixels, in x's precision."""
-    return _Pointwise.apply(channels_last(x), weight, bias)  # type: ignore[return-value]
+    meeting = getattr(x, "meeting", None)
+    return _Pointwise.apply(channels_last(x), weight, bias, meeting)  # type: ignore[return-value]
 
 
 def pointwise_beside(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -235,7 +246,10 @@ def pointwise_beside(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Te
 
 class _Pointwise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, meeting: Meeting | None = None
+    ) -> Tensor:
+        ctx.meeting = meeting
         ctx.save_for_backward(x, weight)
         # Not a view of a product: whoever comes next may write into it.
         out = _empty(x, (x.shape[0], weight.shape[0], *x.shape[2:]))
@@ -257,7 +271,14 @@ class _Pointwise(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        return _towards_all(x, weight, channels_last(gradient), ctx.needs_input_grad, None)
+        meeting: Meeting | None = ctx.meeting
+        plus = None if meeting is None else meeting.total
+        wanted = ctx.needs_input_grad[:3]
+        dx, *others = _towards_all(x, weight, channels_last(gradient), wanted, plus)
+        if meeting is None:
+            return dx, *others, None
+        meeting.total = dx
+        return None, *others, None
 
 
 class _PointwiseBeside(torch.autograd.Function):

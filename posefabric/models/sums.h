@@ -104,6 +104,21 @@ static void norm_factors(const double* sums, const M* origin, double rows, Int c
   }
 }
 
+// The same rows of a norm by its running statistics, of x + bias.
+template <class R>
+static void frozen_factors(Int channels, const R* gamma, const R* beta, const R* bias,
+                           const R* running_mean, const R* running_var, double eps, R* out) {
+  for (Int c = 0; c < channels; ++c) {
+    const double mean = running_mean[c] - (bias ? bias[c] : 0.0);
+    const double scale = 1 / std::sqrt(running_var[c] + eps);
+    const double factor = scale * (gamma ? gamma[c] : 1.0);
+    out[c] = mean;
+    out[channels + c] = scale;
+    out[2 * channels + c] = factor;
+    out[3 * channels + c] = (beta ? beta[c] : 0.0) - mean * factor;
+  }
+}
+
 template <class M, class R, class T, int ACT, bool NORMED, bool FIRST> struct Mix {
   const M* x;
   const R *factor, *summand;

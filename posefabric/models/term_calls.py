@@ -16,7 +16,7 @@ from posefabric.models.kernels import address, computed_in, kernel, rows_of
 from posefabric.structures import PosefabricError
 
 # The layout of Term and Slope in weighted_sum.h.
-_TERM = struct.Struct("@8Pq3d")
+_TERM = struct.Struct("@8P2q3d")
 _SLOPE = struct.Struct("@7P2qd")
 NONE, RELU, RELU6 = 0, 1, 2
 
@@ -49,7 +49,8 @@ class Term:
     """``weight * act(norm(x + bias))``; x is (B, C, H, W), ``weight`` a scalar.
 
     ``bias`` (C,) is that of the convolution before the norm, which takes it away again: it only
-    moves the running mean, and its gradient is zero.
+    moves the running mean, and its gradient is zero. A norm in evaluation mode is frozen: it takes
+    its running statistics as they are, and learns nothing.
     """
 
     x: Tensor
@@ -129,7 +130,7 @@ def add_terms(
     kept.values = run(len(terms), packed, rows, channels, False, *over_all, relu, address(out))
     if kept.values < 0:
         raise _problem(kept)
-    if count and kept.values <= 1:
+    if kept.values <= 1 and any(t.norm is not None and t.norm.training for t in terms):
         raise one_value(first.shape)
     return kept
 
@@ -138,7 +139,7 @@ def term_again(x: Tensor, kept: Kept) -> Tensor:
     """The sum of one normalised term that was computed before."""
     out = torch.empty_like(x, memory_format=torch.channels_last)
     own = x.data_ptr(), 0, 0, 0, 0, 0, 0, kept.places()[0] or 0
-    packed = _TERM.pack(*own, kept.acts[0], kept.weights[0], 0.0, 0.0)
+    packed = _TERM.pack(*own, kept.acts[0], False, kept.weights[0], 0.0, 0.0)
     run = kernel("weighted_sum", x.dtype)
     run(1, packed, *rows_of(x), True, None, None, False, out.data_ptr())
     return out
@@ -220,8 +221,8 @@ def _addresses(term: Term, tensors: Sequence[Tensor | None], stats: int | None) 
     return *(address(t) or 0 for t in own), stats or 0
 
 
-def _numbers(term: Term, weight: float) -> tuple[int, float, float, float]:
+def _numbers(term: Term, weight: float) -> tuple[int, bool, float, float, float]:
     norm = term.norm
     if norm is None:
-        return term.act, weight, 0.0, 0.0
-    return term.act, weight, norm.momentum or 0.0, norm.eps
+        return term.act, False, weight, 0.0, 0.0
+    return term.act, not norm.training, weight, norm.momentum or 0.0, norm.eps

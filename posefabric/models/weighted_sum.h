@@ -11,8 +11,10 @@ template <class M, class R> struct Term {
   R *running_mean, *running_var;
   Int* batches;
   R* stats;
-  Int act;
+  Int act, frozen;  // frozen: by the running statistics, which stay
   double weight, momentum, eps;
+
+  bool gathers() const { return stats && !frozen; }
 };
 
 // What adds up values over all processes, in place; not 0 where it failed.
@@ -33,7 +35,7 @@ static double gather_norms(Int count, const Term<M, R>* terms, Int normed, Int r
   std::vector<double> sums(normed * 2 * channels + 1);
   double* place = sums.data();
   for (Int t = 0; t < count; ++t) {
-    if (!terms[t].stats) continue;
+    if (!terms[t].gathers()) continue;
     moments<M, R>(terms[t].x, rows, channels, many, place);
     place += 2 * channels;
   }
@@ -45,7 +47,7 @@ static double gather_norms(Int count, const Term<M, R>* terms, Int normed, Int r
   place = sums.data();
   for (Int t = 0; t < count; ++t) {
     const Term<M, R>& term = terms[t];
-    if (!term.stats) continue;
+    if (!term.gathers()) continue;
     norm_factors<M, R>(place, many ? nullptr : term.x, values, channels, term.gamma, term.beta,
                        term.bias, term.running_mean, term.running_var, term.momentum, term.eps,
                        term.stats);
@@ -55,13 +57,19 @@ static double gather_norms(Int count, const Term<M, R>* terms, Int normed, Int r
   return values;
 }
 
-// Fills `out`, where there is one. `again`: the norms' statistics are known. Comes back as
+// Fills `out`, where there is one. `again`: the norms' statistics stand in their rows. Comes back as
 // `gather_norms`.
 template <class M, class R>
 static double weighted_sum(Int count, const Term<M, R>* terms, Int rows, Int channels, Int again,
                            Adder adder, Int relu, M* out) {
   Int normed = 0;
-  for (Int t = 0; t < count; ++t) normed += terms[t].stats != nullptr;
+  for (Int t = 0; t < count; ++t) {
+    const Term<M, R>& term = terms[t];
+    normed += term.gathers();
+    if (term.stats && term.frozen)
+      frozen_factors(channels, term.gamma, term.beta, term.bias, term.running_mean,
+                     term.running_var, term.eps, term.stats);
+  }
   double values = rows;
   if (normed && !again) {
     values = gather_norms(count, terms, normed, rows, channels, adder);

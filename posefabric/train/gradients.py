@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from posefabric.models.fused_convolutions import Meeting
 from posefabric.models.network import FabricNetwork, PoseNetwork
 from posefabric.space.architecture import Architecture
 from posefabric.space.parts import SumOfParts
@@ -44,6 +46,8 @@ def add_gradients(
     with autocast():
         pyramid = network.backbone(batch.images)
     levels = [level.detach().requires_grad_(level.requires_grad) for level in pyramid]
+    for level in levels:
+        level.meeting = Meeting()  # type: ignore[attr-defined]
     losses = []
     for names, keypoints in groups:
         with autocast():
@@ -52,10 +56,17 @@ def add_gradients(
         own = share(_full(outputs), batch.heatmaps[:, keypoints], batch.weights[:, keypoints])
         scale(own).backward()
         losses.append(own.detach())
-    read = [(a, b.grad) for a, b in zip(pyramid, levels, strict=True) if b.grad is not None]
+    slopes = [_slope(level) for level in levels]
+    read = [(a, slope) for a, slope in zip(pyramid, slopes, strict=True) if slope is not None]
     if read:
-        torch.autograd.backward([a for a, _ in read], [grad for _, grad in read])
+        torch.autograd.backward([a for a, _ in read], [slope for _, slope in read])
     return torch.stack(losses).sum()
+
+
+def _slope(level: Any) -> Tensor | None:
+    """The gradient that all parts together have found for a level; None where none reads it."""
+    found = [grad for grad in (level.grad, level.meeting.total) if grad is not None]
+    return sum(found[1:], found[0]) if found else None
 
 
 def separate_parts(graph: Architecture) -> list[tuple[list[str], list[int]]]:

@@ -83,6 +83,7 @@ class Trainer:
     _architecture: ArchitectureTrainer | None = None
     _ranks: Any = None
     _coming: Coming[tuple[int, CropBatch]] | None = None
+    _parameters: list[Tensor] = field(default_factory=list)
     _buffers: list[Tensor] = field(default_factory=list)
     _kept_buffers: list[Tensor] = field(default_factory=list)
 
@@ -165,6 +166,7 @@ class Trainer:
             self.run.rewind(0, self.phase)
         self._ranks.check(self.step)
         self.network.train()
+        self._parameters = list(self.network.parameters())
         self._buffers = [b for b in self.network.buffers() if b.is_floating_point()]
         self._kept_buffers = [b.clone() for b in self._buffers]
 
@@ -202,7 +204,7 @@ class Trainer:
             self._scaler.scale(self._ranks.penalty(penalty)).backward()
         loss = self._ranks.gather(share)
         self._scaler.unscale_(self._optimiser)
-        norm = clip(self.network.parameters(), self.optim.clip_norm)
+        norm = clip(self._parameters, self.optim.clip_norm)
         objective = loss if penalty is None else loss + penalty.detach()
         finite = bool(torch.isfinite(objective) & torch.isfinite(norm))
         record: dict[str, Any] = {

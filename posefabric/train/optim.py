@@ -55,7 +55,7 @@ def head_factor(config: OptimConfig, network: nn.Module) -> float:
     return LOGIT_FACTOR if logits and config.loss == "cross_entropy" else 1.0
 
 
-def clip(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
+def clip(parameters: Iterable[Tensor], limit: float) -> Tensor:
     """The norm of all gradients, which are brought down to ``limit`` in place where it is higher.
 
     As torch's ``clip_grad_norm_``, without its product by one where nothing is clipped.

@@ -41,6 +41,7 @@ class Parallel:
 
     def __init__(self, network: nn.Module, *, sync_norms: bool, seed: int) -> None:
         self.network = network
+        self._parameters = list(network.parameters())
         self.launch = place()
         self.sync_norms = sync_norms
         self.seed = seed
@@ -86,7 +87,7 @@ class Parallel:
         """After the backward pass: the whole batch's gradients, in place, and its loss."""
         if not self.many:
             return loss.detach()
-        sum_gradients(self.network.parameters())
+        sum_gradients(self._parameters)
         return summed([loss.detach()])[0]
 
     def average_statistics(self) -> None:

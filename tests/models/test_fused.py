@@ -12,11 +12,11 @@ from torch.nn import functional
 
 from posefabric.distributed import Adder
 from posefabric.models.chains import chain
-from posefabric.models.fused import weighted_sum
+from posefabric.models.fused import is_frozen, takes_norm, weighted_sum
 from posefabric.models.fused_convolutions import Window, depthwise
 from posefabric.models.grouped import fast_path
 from posefabric.models.kernels import load_kernels
-from posefabric.models.term_calls import RELU, RELU6, Term, norms_over_all
+from posefabric.models.term_calls import NONE, RELU, RELU6, Term, norms_over_all
 from posefabric.space.operations import DepthwiseConv2d
 from posefabric.structures import PosefabricError
 
@@ -136,6 +136,38 @@ def test_norms_of_two_processes_that_have_the_same() -> None:
     for norm, other in zip(norms, copies, strict=True):
         for name, value in other.named_buffers():
             torch.testing.assert_close(norm.get_buffer(name), value, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("act", [NONE, RELU, RELU6])
+def test_a_frozen_norm_takes_its_statistics_as_they_are(act: int, affine: bool) -> None:
+    """Of x + bias, beside a norm that learns; no other process is asked, one pixel is enough."""
+    norm, learning = (nn.BatchNorm2d(5, affine=affine).double() for _ in range(2))
+    for name in ("weight", "bias") if affine else ():
+        nn.init.uniform_(norm.get_parameter(name), -2, 2)
+    nn.init.uniform_(norm.get_buffer("running_mean"), -1, 1)
+    nn.init.uniform_(norm.get_buffer("running_var"), 0.2, 3)
+    norm.eval().requires_grad_(False)
+    before = copy.deepcopy(norm.state_dict())
+    x, bias = 3 * noise(3, 5, 4, 3), noise(5, seed=1)
+    z = noise(3, 5, 4, 3, seed=2).requires_grad_()
+    copied = copy.deepcopy(learning)
+    assert takes_norm(norm, x) and is_frozen(norm, x)
+    found = weighted_sum([Term(x, 0.5, norm, act, bias), Term(z, norm=learning)])
+    activate = {NONE: lambda v: v, RELU: functional.relu, RELU6: functional.relu6}[act]
+    expected = 0.5 * activate(norm(x + bias.view(1, 5, 1, 1))) + copied(z)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    towards = noise(3, 5, 4, 3, seed=3)
+    ours, theirs = (torch.autograd.grad(sum_, z, towards)[0] for sum_ in (found, expected))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    asked: list[Tensor] = []
+    with norms_over_all(Adder.calling(lambda sums: asked.append(sums) or sums)):
+        weighted_sum([Term(x[:1, :, :1, :1], norm=norm)])
+    assert not asked
+    assert all(torch.equal(value, before[name]) for name, value in norm.state_dict().items())
+    # What passes a gradient on, or learns, is not frozen.
+    assert not takes_norm(norm, z)
+    assert not takes_norm(norm.requires_grad_(affine), x) or not affine
 
 
 def test_one_value_a_channel_in_all_processes_is_told() -> None:
