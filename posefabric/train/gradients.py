@@ -65,8 +65,8 @@ def add_gradients(
 
 def _slope(level: Any) -> Tensor | None:
     """The gradient that all parts together have found for a level; None where none reads it."""
-    found = [grad for grad in (level.grad, level.meeting.total) if grad is not None]
-    return sum(found[1:], found[0]) if found else None
+    grad, total = level.grad, level.meeting.total
+    return total if grad is None else grad if total is None else grad + total
 
 
 def separate_parts(graph: Architecture) -> list[tuple[list[str], list[int]]]:
