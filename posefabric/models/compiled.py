@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from posefabric.distributed import place
 from posefabric.models.grouped import fast_path, plain_path
 from posefabric.models.kernels import load_kernels
+from posefabric.models.traced_convolutions import trace_convolutions
 from posefabric.space.cell import Cell, Weight
 from posefabric.structures import PosefabricError
 
@@ -72,6 +73,7 @@ def _compiled(cell: Cell, *, name: str) -> Callable[..., Tensor]:
     template = copy.deepcopy(cell).train()
     del template.sources
     plain_path(template)
+    trace_convolutions(template)
     template.__class__ = _WithoutSources
 
     def run(state: dict[str, Tensor], entry: Tensor, weights: Tensor) -> Tensor:
@@ -80,7 +82,11 @@ def _compiled(cell: Cell, *, name: str) -> Callable[..., Tensor]:
 
     # What is compiled is found again by its code, of which only so many versions are kept.
     run.__code__ = run.__code__.replace(co_name=name)
-    return torch.compile(run, fullgraph=True, dynamic=False)
+    # The template is this function's alone and stays as it is: to look at each call takes long.
+    trusting: dict[str, Any] = {
+        "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe
+    }
+    return torch.compile(run, fullgraph=True, dynamic=False, options=trusting)
 
 
 def _kind(cell: Cell) -> str:

@@ -74,7 +74,7 @@ class _Depthwise(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, window: Window) -> Tensor:
         ctx.window = window
         ctx.save_for_backward(x, weight)
-        return _convolved(x, weight, window)
+        return convolved(x, weight, window)
 
     @staticmethod
     @once_differentiable
@@ -83,8 +83,8 @@ class _Depthwise(torch.autograd.Function):
         gradient, window = channels_last(gradient), ctx.window
         wants_x, wants_weight, _ = ctx.needs_input_grad
         return (
-            _towards_input(gradient, weight, window, like=x) if wants_x else None,
-            _towards_weight(x, gradient, weight, window) if wants_weight else None,
+            towards_input(gradient, weight, window, like=x) if wants_x else None,
+            towards_weight(x, gradient, weight, window) if wants_weight else None,
             None,
         )
 
@@ -97,7 +97,7 @@ class _NormedDepthwise(torch.autograd.Function):
         ctx.window = window
         ctx.kept = add_terms([term], tensors, Norms.adder, None)
         ctx.save_for_backward(weight, *tensors)
-        return _convolved(term.x, weight, window, ctx.kept)
+        return convolved(term.x, weight, window, ctx.kept)
 
     @staticmethod
     @once_differentiable
@@ -106,10 +106,10 @@ class _NormedDepthwise(torch.autograd.Function):
         gradient, window, kept = channels_last(gradient), ctx.window, ctx.kept
         _, _, wants_weight, *wanted = ctx.needs_input_grad
         x = tensors[0]
-        dweight = _towards_weight(x, gradient, weight, window, kept) if wants_weight else None
+        dweight = towards_weight(x, gradient, weight, window, kept) if wants_weight else None
         if not any(wanted):
             return None, None, dweight, *[None] * len(wanted)
-        inner = _towards_input(gradient, weight, window, like=x)
+        inner = towards_input(gradient, weight, window, like=x)
         return None, None, dweight, *term_gradients(kept, tensors, wanted, inner, None)
 
 
@@ -119,7 +119,7 @@ class _FanOut(torch.autograd.Function):
         ctx.windows = windows
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *weights)
-        return x, *(_convolved(x, w, own) for w, own in zip(weights, windows, strict=True))
+        return x, *(convolved(x, w, own) for w, own in zip(weights, windows, strict=True))
 
     @staticmethod
     @once_differentiable
@@ -135,13 +135,13 @@ class _FanOut(torch.autograd.Function):
                 continue
             gradient = channels_last(gradient)
             if ctx.needs_input_grad[0]:
-                found = _towards_input(gradient, weight, window, like=x, plus=found)
+                found = towards_input(gradient, weight, window, like=x, plus=found)
             if ctx.needs_input_grad[2 + i]:
-                dweights[i] = _towards_weight(x, gradient, weight, window)
+                dweights[i] = towards_weight(x, gradient, weight, window)
         return found, None, *dweights
 
 
-def _convolved(x: Tensor, weight: Tensor, window: Window, before: Kept | None = None) -> Tensor:
+def convolved(x: Tensor, weight: Tensor, window: Window, before: Kept | None = None) -> Tensor:
     """Of x, or of what the norm and activation before the convolution make of it."""
     out = _empty(x, (*x.shape[:2], *window.out_hw(*x.shape[2:])))
     _run(x, weight, out, window, before=before)
@@ -157,12 +157,12 @@ def _say_how_to_recompute(
 ) -> None:
     def again() -> Tensor:
         x = source if isinstance(source, Tensor) else source()
-        return _convolved(x, weight, window, before)
+        return convolved(x, weight, window, before)
 
     give_recipe(result, again)
 
 
-def _towards_input(
+def towards_input(
     gradient: Tensor, weight: Tensor, window: Window, *, like: Tensor, plus: Tensor | None = None
 ) -> Tensor:
     """The gradient of a convolution's input, and ``plus``, a map of the same shape."""
@@ -171,7 +171,7 @@ def _towards_input(
     return out
 
 
-def _towards_weight(
+def towards_weight(
     x: Tensor, gradient: Tensor, weight: Tensor, window: Window, before: Kept | None = None
 ) -> Tensor:
     found = torch.empty_like(weight, memory_format=torch.contiguous_format)
@@ -251,21 +251,7 @@ class _Pointwise(torch.autograd.Function):
     ) -> Tensor:
         ctx.meeting = meeting
         ctx.save_for_backward(x, weight)
-        # Not a view of a product: whoever comes next may write into it.
-        out = _empty(x, (x.shape[0], weight.shape[0], *x.shape[2:]))
-        if _on_tiles(x):
-            kernel("pointwise", x.dtype)(
-                *map(address, (x, weight.contiguous(), bias, None, out)),
-                *_matrix(x, weight),
-                False,
-            )
-            return out
-        matrix = weight.flatten(1).t().to(x.dtype)
-        if bias is None:
-            torch.mm(_pixels(x), matrix, out=_pixels(out))
-        else:
-            torch.addmm(bias.to(x.dtype), _pixels(x), matrix, out=_pixels(out))
-        return out
+        return product(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -274,7 +260,7 @@ class _Pointwise(torch.autograd.Function):
         meeting: Meeting | None = ctx.meeting
         plus = None if meeting is None else meeting.total
         wanted = ctx.needs_input_grad[:3]
-        dx, *others = _towards_all(x, weight, channels_last(gradient), wanted, plus)
+        dx, *others = product_gradients(x, weight, channels_last(gradient), wanted, plus)
         if meeting is None:
             return dx, *others, None
         meeting.total = dx
@@ -296,10 +282,29 @@ class _PointwiseBeside(torch.autograd.Function):
             return direct, None, None
         x, weight = ctx.saved_tensors
         plus = None if direct is None else channels_last(direct)
-        return _towards_all(x, weight, channels_last(gradient), ctx.needs_input_grad, plus)
+        return product_gradients(x, weight, channels_last(gradient), ctx.needs_input_grad, plus)
 
 
-def _towards_all(
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``pointwise`` without its gradients; x is channels_last."""
+    # Not a view of a product: whoever comes next may write into it.
+    out = _empty(x, (x.shape[0], weight.shape[0], *x.shape[2:]))
+    if _on_tiles(x):
+        kernel("pointwise", x.dtype)(
+            *map(address, (x, weight.contiguous(), bias, None, out)),
+            *_matrix(x, weight),
+            False,
+        )
+        return out
+    matrix = weight.flatten(1).t().to(x.dtype)
+    if bias is None:
+        torch.mm(_pixels(x), matrix, out=_pixels(out))
+    else:
+        torch.addmm(bias.to(x.dtype), _pixels(x), matrix, out=_pixels(out))
+    return out
+
+
+def product_gradients(
     x: Tensor, weight: Tensor, gradient: Tensor, wanted: Sequence[bool], plus: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, which ``plus`` is added to, of the weight and of the bias."""
