@@ -93,7 +93,7 @@ MEANINGS = {
     "data.synthetic_seed": "another number, other people",
     "data.input_wh": "pixels, multiples of 32; heatmaps are a quarter of it",
     "data.preset": "conventions of crop, heatmap and decoding ([conventions.md](conventions.md))",
-    "data.workers": "processes that read pictures; 0: none besides the training",
+    "data.workers": "processes that read pictures; 0: a thread of the training's own",
     "augment.rotation_probability": "how often a person is turned at all",
     "augment.flip": "how often a person is mirrored",
     "augment.half_body": "how often only the upper or lower half is shown, of persons with 8 or "

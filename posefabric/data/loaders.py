@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import cv2
@@ -28,7 +29,7 @@ class CropLoader:
         batch_size: persons a batch.
         rows: rows of ``dataset.persons`` to use; none: all.
         seed: epoch e is in the order of ``default_rng([seed, e])``; none: in the order of rows.
-        workers: processes that read and crop; 0: in this one.
+        workers: processes that read and crop; 0: a thread of this one, a batch ahead.
         cache: keep the decoded crops in memory that workers share.
         on_bad_image: ``error`` raises DataError, ``skip`` gives a black crop without keypoints
             and counts the file in ``unreadable``.
@@ -133,7 +134,8 @@ class CropLoader:
         self._plan.batches = list(chosen)
         self._runs += 1
         run = self._runs
-        for loaded in self._loader:
+        loaded_ones = iter(self._loader)
+        for loaded in loaded_ones if self._loader.num_workers else _ahead(loaded_ones):
             if loaded.error is not None:
                 raise DataError(loaded.error)
             assert loaded.batch is not None
@@ -144,6 +146,15 @@ class CropLoader:
                     "batches() was called again while an earlier iteration went on; finish the "
                     "first, or make a second CropLoader"
                 )
+
+
+def _ahead(batches: Iterator[LoadedBatch]) -> Iterator[LoadedBatch]:
+    """The same, each read by a thread while the one before is worked on."""
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="reader") as reader:
+        coming = reader.submit(next, batches, None)
+        while (loaded := coming.result()) is not None:
+            coming = reader.submit(next, batches, None)
+            yield loaded
 
 
 def shuffle_in_windows(

@@ -104,10 +104,11 @@ class CropReader(Dataset[LoadedBatch]):
 
     def _picture(self, person: Person) -> np.ndarray:
         # In evaluation the persons of a picture follow each other.
-        key = (person.file, person.image_id)
-        if self._last is None or self._last[0] != key:
-            self._last = (key, self.read_image(person))
-        return self._last[1]
+        key, last = (person.file, person.image_id), self._last
+        if last is None or last[0] != key:
+            # Another thread may still read for an epoch that was abandoned.
+            last = self._last = (key, self.read_image(person))
+        return last[1]
 
 
 def make_cache(

@@ -6,6 +6,8 @@ import dataclasses
 import logging
 import multiprocessing
 import re
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -124,8 +126,23 @@ def test_start_skips_without_reading() -> None:
     assert list(loader.batches(start=3)) == []
 
 
-def test_an_abandoned_epoch_leaves_no_trace() -> None:
-    loader = CropLoader(people(16), GEOMETRY, batch_size=2, seed=1, workers=1)
+def test_without_workers_a_thread_reads_a_batch_ahead() -> None:
+    counting = Counting()
+    loader = CropLoader(people(12, counting, per_image=1), GEOMETRY, batch_size=4, seed=5)
+    batches = loader.batches()
+    next(batches)
+    until = time.monotonic() + 30
+    while counting.reads.value < 8 and time.monotonic() < until:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert counting.reads.value == 8
+    batches.close()
+    assert not [t for t in threading.enumerate() if t.name.startswith("reader")]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_abandoned_epoch_leaves_no_trace(workers: int) -> None:
+    loader = CropLoader(people(16), GEOMETRY, batch_size=2, seed=1, workers=workers)
     expected = list(CropLoader(people(16), GEOMETRY, batch_size=2, seed=1).batches(1))
     first = loader.batches(0)
     next(first)
