@@ -16,7 +16,8 @@ from posefabric.models.fast_convolutions import (
     window_of,
 )
 from posefabric.models.fused import takes, takes_norm, weighted_sum
-from posefabric.models.fused_convolutions import normed_depthwise, pointwise_beside
+from posefabric.models.fused_depthwise import normed_depthwise
+from posefabric.models.fused_products import pointwise_beside
 from posefabric.models.kernels import has_tiles
 from posefabric.models.term_calls import NONE, RELU, RELU6, Term
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from posefabric.models.fused import is_frozen, takes
-from posefabric.models.fused_convolutions import Window, depthwise, pointwise
+from posefabric.models.fused_depthwise import Window, depthwise
+from posefabric.models.fused_products import pointwise
 from posefabric.models.kernels import computed_in, has_tiles
 from posefabric.models.recomputing import recomputing
 from posefabric.models.timm_import import import_timm

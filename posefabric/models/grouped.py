@@ -1,7 +1,7 @@
 """The fast path: the plain network's own modules, computed in fewer passes over memory.
 
 :func:`fast_path` gives modules a subclass whose training step on a CPU runs on the kernels of
-``fused.py``. Names, weights and results stay; without gradients, in evaluation, on other devices
+``kernels.cpp``. Names, weights and results stay; without gradients, in evaluation, on other devices
 and in fp16 the plain forward runs. What is grouped is what shares its maps: the norm,
 the ReLU, the product with alpha or beta and the sum over all candidates of an edge, or over all
 sources of a cell, are one computation.
@@ -29,7 +29,7 @@ from posefabric.models.fast_convolutions import (
     window_of,
 )
 from posefabric.models.fused import takes, takes_norm, weighted_sum
-from posefabric.models.fused_convolutions import fan_out
+from posefabric.models.fused_depthwise import fan_out
 from posefabric.models.kernels import load_kernels
 from posefabric.models.posenfs_backbones import Bottleneck, ResNet
 from posefabric.models.recomputing import recomputing

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,3 +98,9 @@ def rows_of(x: Tensor) -> tuple[int, int]:
 def channels_last(x: Tensor) -> Tensor:
     """Channels last in memory, without gaps."""
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def empty_map(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """A map of another shape (B, C, H, W), channels last, of the same type."""
+    size = torch.Size(shape)
+    return torch.empty(size, dtype=like.dtype, memory_format=torch.channels_last)

@@ -10,14 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from posefabric.models.fast_convolutions import is_known_depthwise, is_pointwise, window_of
-from posefabric.models.fused_convolutions import (
-    Window,
-    convolved,
-    product,
-    product_gradients,
-    towards_input,
-    towards_weight,
-)
+from posefabric.models.fused_depthwise import Window, convolved, towards_input, towards_weight
+from posefabric.models.fused_products import product, product_gradients
 from posefabric.models.kernels import channels_last, has_tiles
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posefabric.models.fused_convolutions import Meeting
+from posefabric.models.fused_products import Meeting
 from posefabric.models.network import FabricNetwork, PoseNetwork
 from posefabric.space.architecture import Architecture
 from posefabric.space.parts import SumOfParts

@@ -13,7 +13,7 @@ from torch.nn import functional
 from posefabric.distributed import Adder
 from posefabric.models.chains import chain
 from posefabric.models.fused import is_frozen, takes_norm, weighted_sum
-from posefabric.models.fused_convolutions import Window, depthwise
+from posefabric.models.fused_depthwise import Window, depthwise
 from posefabric.models.grouped import fast_path
 from posefabric.models.kernels import load_kernels
 from posefabric.models.term_calls import NONE, RELU, RELU6, Term, norms_over_all

@@ -15,7 +15,8 @@ from torch.nn import functional
 
 from posefabric.distributed import Adder
 from posefabric.models.fused import takes, weighted_sum
-from posefabric.models.fused_convolutions import Window, depthwise, pointwise
+from posefabric.models.fused_depthwise import Window, depthwise
+from posefabric.models.fused_products import pointwise
 from posefabric.models.grouped import fast_path
 from posefabric.models.kernels import load_kernels
 from posefabric.models.posenfs_backbones import Bottleneck

@@ -11,14 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from posefabric.distributed import Adder
-from posefabric.models.fused_convolutions import (
-    Window,
-    depthwise,
-    fan_out,
-    normed_depthwise,
-    pointwise,
-    pointwise_beside,
-)
+from posefabric.models.fused_depthwise import Window, depthwise, fan_out, normed_depthwise
+from posefabric.models.fused_products import pointwise, pointwise_beside
 from posefabric.models.kernels import has_tiles, load_kernels
 from posefabric.models.term_calls import NONE, RELU, RELU6, Term, norms_over_all
 
