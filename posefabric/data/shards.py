@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,9 +116,17 @@ class ShardPictures:
         self.images = images
         self._open: OrderedDict[int, int] = OrderedDict()
         self._process = os.getpid()
+        # Two loaders of one process may read at a time, each by a thread.
+        self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": OrderedDict()}
+        state = {**self.__dict__, "_open": OrderedDict()}
+        del state["_lock"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
 
     def __del__(self) -> None:
         if getattr(self, "_process", None) == os.getpid():
@@ -132,7 +141,8 @@ class ShardPictures:
         label = f"{path}: {self._name(person)}"
         try:
             # With a place of its own: descriptors are shared with forked workers.
-            data = os.pread(self._descriptor(shard, path), length, int(self.index.offset[row]))
+            with self._lock:
+                data = os.pread(self._descriptor(shard, path), length, int(self.index.offset[row]))
         except OSError as error:
             raise DataError(f"{label}: cannot be read: {error.strerror}") from error
         if len(data) != length:

@@ -3,7 +3,6 @@
 from posefabric.distributed.adder import Adder
 from posefabric.distributed.launch import Launch, is_first, launched, share
 from posefabric.distributed.ranks import (
-    add_up,
     adder,
     any_rank,
     broadcast,
@@ -24,7 +23,6 @@ __all__ = [
     "Adder",
     "Launch",
     "RankLost",
-    "add_up",
     "adder",
     "any_rank",
     "broadcast",

@@ -10,15 +10,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _FUNCTION = ctypes.CFUNCTYPE(
-    ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_double), ctypes.c_longlong
+    None,
+    ctypes.c_void_p,
+    ctypes.POINTER(ctypes.c_double),
+    ctypes.c_longlong,
+    ctypes.POINTER(ctypes.c_int),
 )
 
 
 class Adder:
-    """An ``int (void* context, double* values, long long count)`` that adds up in place.
+    """A ``void (void* context, double* values, long long count, int* done)`` that adds up in place.
 
-    All processes call it equally often, with as many values. It returns 0, or something else where
-    it failed; :meth:`problem` then says why.
+    All processes call it equally often, with as many values. It sets ``done``, which comes as 0,
+    unless it fails; :meth:`problem` then says why, once.
 
     Args:
         function, context: addresses.
@@ -29,7 +33,7 @@ class Adder:
         self,
         function: int,
         context: int | None,
-        problem: Callable[[], Exception],
+        problem: Callable[[], BaseException],
         *,
         owner: object = None,
     ) -> None:
@@ -41,19 +45,23 @@ class Adder:
         """One that calls ``add_up``: float64 (n,), which it may write into, to its sums."""
         import torch
 
-        raised: list[Exception] = []
+        raised: list[BaseException] = []
 
-        def call(context: int | None, values: ctypes._Pointer[ctypes.c_double], count: int) -> int:
+        def call(context: int | None, values: Any, count: int, done: Any) -> None:
             try:
                 room = ctypes.cast(values, ctypes.POINTER(ctypes.c_double * count)).contents
                 own = torch.frombuffer(room, dtype=torch.float64)
                 own.copy_(add_up(own))
-            except Exception as error:  # nothing can be raised through compiled code
+                done[0] = 1
+            except BaseException as error:  # Ctrl-C too: none passes through compiled code
                 raised.append(error)
-            return len(raised)
+
+        def problem() -> BaseException:
+            # What nobody could keep came before the first line: Ctrl-C.
+            return raised.pop() if raised else KeyboardInterrupt()
 
         function = _FUNCTION(call)
-        return cls(address_of(function), None, lambda: raised[-1], owner=function)
+        return cls(address_of(function), None, problem, owner=function)
 
 
 def address_of(function: Any) -> int:

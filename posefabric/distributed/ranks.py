@@ -101,9 +101,9 @@ def adder() -> Adder:
         return Adder.calling(add_up)
     own = shared.adder
 
-    def problem() -> Exception:
-        found = own.problem()
-        return found if _Group.watch is None else _Group.watch.lost(found)
+    def problem() -> BaseException:
+        found, watch = own.problem(), _Group.watch
+        return watch.lost(found) if watch and isinstance(found, RuntimeError) else found
 
     return Adder(own.function, own.context, problem, owner=own)
 

@@ -83,13 +83,19 @@ static void add_up(char* memory, Int ranks, Int room, Int step, Int offset, R* s
 // `room`, a multiple of 64, is what each array may take, in bytes.
 extern "C" Int bytes(Int ranks, Int room) { return ranks * (LINE + 2 * room); }
 
-// One rank's view of the memory. After `patience` seconds without a rank it asks, how often it has
-// asked in this wait, whether to go on waiting: 0 is yes.
+// One rank's view of the memory. After `patience` seconds without a rank it asks whether to wait on,
+// and says how often it has asked in this wait. Who answers nothing, since he was interrupted, means no.
 struct Group {
   char* memory;
   Int ranks, room, rank, step;
   double patience;
-  int (*give_up)(Int rank, Int asked);
+  void (*ask)(Int rank, Int asked, int* waits_on);
+
+  bool waits_on(Int missing, Int asked) const {
+    int answer = 0;
+    ask(missing, asked, &answer);
+    return answer;
+  }
 };
 const Int UNEQUAL = -2;  // a rank that has given another kind of array
 
@@ -104,10 +110,10 @@ static bool all_given(const Group& group, Int size, Int is_double) {
   for (Int rank = 0; rank < group.ranks; ++rank)
     while (rank != group.rank &&
            !arrives(&line(group.memory, rank)->step, group.step, group.patience))
-      if (group.give_up(rank, asked++)) return false;
+      if (!group.waits_on(rank, asked++)) return false;
   for (Int rank = 0; rank < group.ranks; ++rank)
     if (line(group.memory, rank)->kinds[group.step % 2] != 2 * size + is_double) {
-      group.give_up(UNEQUAL, asked);
+      group.waits_on(UNEQUAL, asked);
       return false;
     }
   return true;
@@ -158,8 +164,8 @@ extern "C" int add(Group* group, const char* const* given, char* const* sums, co
   return 0;
 }
 
-extern "C" int add_doubles(void* group, double* values, Int count) {
+extern "C" void add_doubles(void* group, double* values, Int count, int* done) {
   char* place = (char*)values;
   const Int size = count * sizeof(double);
-  return add((Group*)group, &place, &place, &size, 1, 1);
+  *done = !add((Group*)group, &place, &place, &size, 1, 1);
 }

@@ -36,7 +36,7 @@ LOOK_S = 0.25  # between looks at whether a rank that is waited for still lives
 _log = logging.getLogger(__name__)
 
 
-_GIVE_UP = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong)
+_ASK = ctypes.CFUNCTYPE(None, ctypes.c_longlong, ctypes.c_longlong, ctypes.POINTER(ctypes.c_int))
 
 
 class _Group(ctypes.Structure):
@@ -49,12 +49,13 @@ class _Group(ctypes.Structure):
         ("rank", ctypes.c_longlong),
         ("step", ctypes.c_longlong),
         ("patience", ctypes.c_double),
-        ("give_up", _GIVE_UP),
+        ("ask", _ASK),
     )
 
 
 class SharedSums:
-    """The memory of all ranks, which have to call :meth:`add` and ``adder`` equally often.
+    """The memory of all ranks, which have to call :meth:`add`, :meth:`add_in_place`
+    and ``adder`` equally often.
 
     A rank holds a lock on its byte of the file, which the system takes back when it ends, however
     it ends. Raises one of ``ERRORS`` where the file cannot be mapped; it is closed then.
@@ -69,7 +70,7 @@ class SharedSums:
         self._rank, self._ranks = launch.rank, launch.ranks
         self._ended: list[int] = []
         self._until = 0.0
-        self._problem = RuntimeError("nothing has gone wrong")
+        self._problem: BaseException | None = None
         try:
             self._library = _load()
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, self._rank)
@@ -78,12 +79,12 @@ class SharedSums:
             os.close(file)
             raise
         place = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
-        ask = _GIVE_UP(self._give_up)
+        ask = _ASK(self._wait_on)
         self._group = _Group(place, self._ranks, ROOM, self._rank, 0, LOOK_S, ask)
         self.adder = Adder(
             address_of(self._library.add_doubles),
             ctypes.addressof(self._group),
-            lambda: self._problem,
+            self._take_problem,
             owner=self._group,
         )
 
@@ -114,24 +115,32 @@ class SharedSums:
             size == 8,
         )
         if failed:
-            raise self._problem
+            raise self._take_problem()
 
-    def _give_up(self, rank: int, asked: int) -> int:
+    def _wait_on(self, rank: int, asked: int, answer: Any) -> None:
+        """Called by the library while it waits."""
+        try:
+            self._look(rank, asked)
+            answer[0] = 1
+        except BaseException as error:  # Ctrl-C too: none passes through compiled code
+            self._problem = error
+
+    def _take_problem(self) -> BaseException:
+        # What nobody could keep came before the first line: Ctrl-C.
+        found, self._problem = self._problem or KeyboardInterrupt(), None
+        return found
+
+    def _look(self, rank: int, asked: int) -> None:
         if rank == UNEQUAL:
-            return self._fail("ranks add up different things")
+            raise RuntimeError("ranks add up different things")
         if asked == 0:
             self._ended, self._until = [], time.monotonic() + TIMEOUT.total_seconds()
         # Asked once more: one that has given its numbers and then ended is not missed.
         if self._ended:
-            return self._fail(f"rank {self._ended[0]} has ended")
+            raise RuntimeError(f"rank {self._ended[0]} has ended")
         self._ended = [r for r in range(self._ranks) if r != self._rank and not self._lives(r)]
         if time.monotonic() > self._until:
-            return self._fail(f"rank {rank} did not come within {TIMEOUT}")
-        return 0
-
-    def _fail(self, problem: str) -> int:
-        self._problem = RuntimeError(problem)
-        return 1
+            raise RuntimeError(f"rank {rank} did not come within {TIMEOUT}")
 
     def close(self) -> None:
         """Give back the file, and the lock with it; the memory goes with the process."""

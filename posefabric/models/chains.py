@@ -52,7 +52,7 @@ def _chain(
             i, bias = end, None
             continue
         following = layers[i + 1] if i + 1 < len(layers) else then
-        if _is_biased(layer) and following is not None and is_norm(following) and takes(x):
+        if _is_biased(layer) and following is not None and _takes_bias(following, layer, x):
             x, bias = layer.without_bias(x), layer.bias
         else:
             x, bias = layer(_plus(x, bias)), None
@@ -109,6 +109,12 @@ def _norm_at(layers: Sequence[nn.Module], i: int) -> tuple[int | None, int]:
         return own, i + 1
     behind = activation_of(layers[i + 1])
     return (NONE, i + 1) if behind is None else (behind, i + 2)
+
+
+def _takes_bias(norm: nn.Module, layer: Any, x: Tensor) -> bool:
+    """Whether a norm takes away the bias before it, or at least none that learns."""
+    unmoved = norm.training or not layer.bias.requires_grad
+    return is_norm(norm) and unmoved and takes(x)
 
 
 def _is_biased(layer: nn.Module) -> bool:

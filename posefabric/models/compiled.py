@@ -83,9 +83,8 @@ def _compiled(cell: Cell, *, name: str) -> Callable[..., Tensor]:
     # What is compiled is found again by its code, of which only so many versions are kept.
     run.__code__ = run.__code__.replace(co_name=name)
     # The template is this function's alone and stays as it is: to look at each call takes long.
-    trusting: dict[str, Any] = {
-        "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe
-    }
+    trust: Any = getattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe", None)  # torch 2.8
+    trusting: dict[str, Any] = {} if trust is None else {"guard_filter_fn": trust}
     return torch.compile(run, fullgraph=True, dynamic=False, options=trusting)
 
 

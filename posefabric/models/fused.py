@@ -74,7 +74,8 @@ def is_frozen(layer: nn.Module, x: Tensor) -> bool:
 def weighted_sum(terms: Sequence[Term], *, relu: bool = False) -> Tensor:
     """The sum of the terms, through a ReLU where asked: one pass forward, nothing in between.
 
-    Norms must be such that :func:`takes_norm`; they move their running statistics. Raises
+    Norms must be such that :func:`takes_norm`; they move their running statistics, unless they
+    are frozen. Raises
     PosefabricError for maps of several shapes.
     """
     shape = terms[0].x.shape

@@ -1,10 +1,10 @@
 """The fast path: the plain network's own modules, computed in fewer passes over memory.
 
 :func:`fast_path` gives modules a subclass whose training step on a CPU runs on the kernels of
-``kernels.cpp``. Names, weights and results stay; without gradients, in evaluation, on other devices
-and in fp16 the plain forward runs. What is grouped is what shares its maps: the norm,
-the ReLU, the product with alpha or beta and the sum over all candidates of an edge, or over all
-sources of a cell, are one computation.
+``kernels.cpp``. Names, weights and results stay; without gradients, in evaluation, on other
+devices and in fp16 the plain forward runs, but for a frozen stem's within a training step. What is
+grouped is what shares its maps: the norm, the ReLU, the product with alpha or beta and the sum over
+all candidates of an edge, or over all sources of a cell, are one computation.
 """
 
 from __future__ import annotations
@@ -62,6 +62,11 @@ def plain_path(network: nn.Module) -> nn.Module:
         if isinstance(module, Fast):
             module.__class__ = module.plain
     return network
+
+
+def is_fast(network: nn.Module) -> bool:
+    """Whether any of its modules is on the fast path."""
+    return any(isinstance(module, Fast) for module in network.modules())
 
 
 class FastNorm(Fast):

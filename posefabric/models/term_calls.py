@@ -103,8 +103,8 @@ def add_terms(
 ) -> Kept:
     """Fill ``out``, of the maps' shape, with the sum; none: only the norms' statistics.
 
-    Moves the running statistics. ``tensors`` are those of every term. Raises
-    PosefabricError where norms see one value a channel, or what the adder met.
+    Moves the running statistics of norms that are not frozen. ``tensors`` are those of every
+    term. Raises PosefabricError where norms see one value a channel, or what the adder met.
     """
     first = tensors[0]
     assert first is not None
@@ -207,7 +207,7 @@ def _over_all(adder: Adder | None) -> tuple[int | None, int | None]:
     return (None, None) if adder is None else (adder.function, adder.context)
 
 
-def _problem(kept: Kept) -> Exception:
+def _problem(kept: Kept) -> BaseException:
     assert kept.adder is not None
     return kept.adder.problem()
 

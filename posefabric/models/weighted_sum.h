@@ -17,12 +17,18 @@ template <class M, class R> struct Term {
   bool gathers() const { return stats && !frozen; }
 };
 
-// What adds up values over all processes, in place; not 0 where it failed.
-typedef int (*AddUp)(void* context, double* values, Int count);
+// What adds up values over all processes, in place, and says so in `done`.
+typedef void (*AddUp)(void* context, double* values, Int count, int* done);
 
 struct Adder {
   AddUp add;  // null: this process is all there is
   void* context;
+
+  bool adds(std::vector<double>& values) const {
+    int done = 0;
+    add(context, values.data(), values.size(), &done);
+    return done;
+  }
 };
 
 // The norms' statistics: of this process's pixels, or with an adder of all processes'. Comes back
@@ -41,7 +47,7 @@ static double gather_norms(Int count, const Term<M, R>* terms, Int normed, Int r
   }
   // Last the values: one operation for all norms of the sum.
   *place = rows;
-  if (many && adder.add(adder.context, sums.data(), sums.size())) return -1;
+  if (many && !adder.adds(sums)) return -1;
   const double values = *place;
   if (values <= 1) return values;
   place = sums.data();
@@ -112,7 +118,7 @@ static Int add_totals(Int count, const Slope<M, R>* terms, Int channels, Adder a
   };
   each([&](double* own) { sums.insert(sums.end(), own, own + 2 * channels); });
   if (sums.empty()) return 0;
-  if (adder.add(adder.context, sums.data(), sums.size())) return 1;
+  if (!adder.adds(sums)) return 1;
   const double* place = sums.data();
   each([&](double* own) {
     std::copy(place, place + 2 * channels, own);

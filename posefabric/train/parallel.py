@@ -19,8 +19,7 @@ from posefabric.distributed import (
     sum_gradients,
     summed,
 )
-from posefabric.models.fast_convolutions import Fast
-from posefabric.models.grouped import plain_path
+from posefabric.models.grouped import is_fast, plain_path
 from posefabric.train.synchronised import synchronised_norms
 
 _log = logging.getLogger(__name__)
@@ -42,6 +41,7 @@ class Parallel:
     def __init__(self, network: nn.Module, *, sync_norms: bool, seed: int) -> None:
         self.network = network
         self._parameters = list(network.parameters())
+        self._is_fast = is_fast(network)
         self.launch = place()
         self.sync_norms = sync_norms
         self.seed = seed
@@ -52,12 +52,11 @@ class Parallel:
 
     def start(self) -> None:
         """Every rank begins with rank 0's weights, alpha and beta, and computes as all do."""
-        if self.many:
-            is_fast = any(isinstance(module, Fast) for module in self.network.modules())
-            if any_rank(not is_fast) and is_fast:
-                # Norms that are added up have to come in the same groups everywhere.
-                _log.warning("another process has no compiled kernels: all go the plain path")
-                plain_path(self.network)
+        if self.many and any_rank(not self._is_fast) and self._is_fast:
+            # Norms that are added up have to come in the same groups everywhere.
+            _log.warning("another process has no compiled kernels: all go the plain path")
+            plain_path(self.network)
+            self._is_fast = False
         state = self.network.state_dict(keep_vars=True)
         broadcast(state.values())
 
@@ -76,7 +75,8 @@ class Parallel:
         # Of (seed, step, rank), so that a resume with other ranks has no states to share out.
         words = np.random.SeedSequence([self.seed, step, self.launch.rank]).generate_state(1)
         torch.manual_seed(int(words[0]))
-        with synchronised_norms() if self.sync_norms else contextlib.nullcontext():
+        synchronised = synchronised_norms(kernels=self._is_fast)
+        with synchronised if self.sync_norms else contextlib.nullcontext():
             yield
 
     def penalty(self, penalty: Tensor) -> Tensor:

@@ -17,17 +17,18 @@ _TORCHS = functional.batch_norm
 
 
 @contextlib.contextmanager
-def synchronised_norms() -> Iterator[None]:
+def synchronised_norms(*, kernels: bool = True) -> Iterator[None]:
     """Inside, a training batch norm normalises by the statistics of all ranks' batches.
 
     :func:`torch.nn.functional.batch_norm` is another function meanwhile, so that no module is
-    exchanged and recomputation is synchronised too, and the CPU kernels are told. (A mode that
+    exchanged and recomputation is synchronised too, and the CPU kernels are told, where the
+    network has any (``kernels``, alike on all ranks). (A mode that
     intercepts every function of torch takes a fifth of a step; torch's own SyncBatchNorm is for
     GPUs alone.) Norms in evaluation mode are as always.
     """
     before, functional.batch_norm = functional.batch_norm, _batch_norm
     try:
-        with norms_over_all(adder()):
+        with norms_over_all(adder()) if kernels else contextlib.nullcontext():
             yield
     finally:
         functional.batch_norm = before

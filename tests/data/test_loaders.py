@@ -127,17 +127,18 @@ def test_start_skips_without_reading() -> None:
 
 
 def test_without_workers_a_thread_reads_a_batch_ahead() -> None:
-    counting = Counting()
+    counting, before = Counting(), set(threading.enumerate())
     loader = CropLoader(people(12, counting, per_image=1), GEOMETRY, batch_size=4, seed=5)
     batches = loader.batches()
     next(batches)
+    assert set(threading.enumerate()) - before
     until = time.monotonic() + 30
     while counting.reads.value < 8 and time.monotonic() < until:
         time.sleep(0.01)
     time.sleep(0.05)
     assert counting.reads.value == 8
     batches.close()
-    assert not [t for t in threading.enumerate() if t.name.startswith("reader")]
+    assert not set(threading.enumerate()) - before
 
 
 @pytest.mark.parametrize("workers", [0, 1])

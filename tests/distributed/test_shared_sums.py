@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -12,10 +13,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import in_ranks
-from torch import Tensor
+from torch import Tensor, nn
 
 from posefabric import native
-from posefabric.distributed import add_up, place, ranks, shared_sums, summed
+from posefabric.distributed import adder, place, ranks, shared_sums, summed
+from posefabric.distributed.ranks import add_up
+from posefabric.models.fused import weighted_sum
+from posefabric.models.term_calls import Term, norms_over_all
 from posefabric.structures import PosefabricError
 
 LARGE = 3 * shared_sums.ROOM // 8 + 5
@@ -85,6 +89,31 @@ def test_a_rank_that_stays_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         add_up(torch.ones(1))
 
     assert "rank 1 did not come within 0:00:00.1" in in_ranks(work, tmp_path)[0]
+
+
+@pytest.mark.parametrize("by_kernels", [True, False])
+def test_ctrl_c_ends_the_waiting(by_kernels: bool, tmp_path: Path) -> None:
+    """Compiled code waits, and asks Python from time to time, where nothing can be raised."""
+
+    def work(rank: int) -> str:
+        add_up(torch.ones(1))
+        if rank == 1:
+            time.sleep(2.0)
+            return "late"
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        try:
+            if by_kernels:
+                with norms_over_all(adder()):
+                    x = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
+                    weighted_sum([Term(x.requires_grad_(), norm=nn.BatchNorm2d(3))])
+            else:
+                add_up(torch.ones(1))
+        except KeyboardInterrupt:
+            return "interrupted"
+        return "waited on"
+
+    assert in_ranks(work, tmp_path) == ["interrupted", "late"]
 
 
 def test_whole_numbers_go_another_way(tmp_path: Path) -> None:

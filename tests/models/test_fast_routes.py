@@ -15,8 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from posefabric.config import load_config
 from posefabric.models.build import build_supernet
 from posefabric.models.grouped import fast_path, plain_path
-from posefabric.models.kernels import has_tiles
+from posefabric.models.kernels import has_tiles, load_kernels
 from posefabric.train.gradients import add_gradients
+
+pytestmark = pytest.mark.skipif(
+    load_kernels().library is None, reason=f"no kernels: {load_kernels().reason}"
+)
 
 
 class Operations(TorchDispatchMode):
