@@ -40,27 +40,31 @@ def _become(module: nn.Module, kind: type) -> None:
     object.__setattr__(module, "operations", _operations())
 
 
-class _Pointwise:
+class _Traced:
     operations: Any
 
     def forward(self, input: Tensor) -> Tensor:
-        conv: Any = self
         if not torch.is_autocast_enabled("cpu"):
             layer: Any = super()
             return layer.forward(input)
-        return self.operations.pointwise(input.to(torch.bfloat16), conv.weight, conv.bias)
+        return self.of_maps(input.to(torch.bfloat16))
+
+    def of_maps(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
 
 
-class _Depthwise:
-    operations: Any
+class _Pointwise(_Traced):
+    def of_maps(self, x: Tensor) -> Tensor:
+        conv: Any = self
+        return self.operations.pointwise(x, conv.weight, conv.bias)
+
+
+class _Depthwise(_Traced):
     numbers: list[int]
 
-    def forward(self, input: Tensor) -> Tensor:
+    def of_maps(self, x: Tensor) -> Tensor:
         conv: Any = self
-        if not torch.is_autocast_enabled("cpu"):
-            layer: Any = super()
-            return layer.forward(input)
-        return self.operations.depthwise(input.to(torch.bfloat16), conv.weight, self.numbers)
+        return self.operations.depthwise(x, conv.weight, self.numbers)
 
 
 def _window(numbers: list[int]) -> Window:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import sys
 import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -143,6 +147,26 @@ def copied(out: Path, target: Path) -> Path:
 
     shutil.copytree(out, target)
     return target
+
+
+def test_two_threads_read_at_a_time(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a shard each, where one may be open: none reads from what the other has closed."""
+    monkeypatch.setattr(shards, "MOST_OPEN", 1)
+    dataset = opened(folders[1])
+    persons = [dataset.persons[i] for i in (0, -1)]
+    expected = [dataset.read_image(person) for person in persons]
+    at_once = os.pread
+
+    def slow(*arguments: Any) -> bytes:
+        time.sleep(0.001)
+        return at_once(*arguments)
+
+    monkeypatch.setattr(os, "pread", slow)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(dataset.read_image, persons * 40))
+    assert all(map(np.array_equal, found, expected * 40))
 
 
 def test_damage_is_told(folders: tuple[Path, Path], tmp_path: Path) -> None:

@@ -118,6 +118,14 @@ def test_the_option_chooses_it(path: str, compiles: bool) -> None:
     assert compiles == any(isinstance(module, CompiledCell) for module in network.modules())
 
 
+def test_torch_before_2_8_asks_the_template_at_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch, "compile", lambda run, **options: given.append(options) or run)
+    monkeypatch.delattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe")
+    compiled_path(make_supernet(), CPU)
+    assert given and all(options["options"] == {} for options in given)
+
+
 def test_without_a_compiler_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "load_kernels", lambda: Kernels(None, "no C++ compiler"))
     with pytest.raises(PosefabricError, match=r"model\.path=compiled: no C\+\+ compiler.*plain"):

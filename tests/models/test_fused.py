@@ -170,6 +170,19 @@ def test_a_frozen_norm_takes_its_statistics_as_they_are(act: int, affine: bool) 
     assert not takes_norm(norm.requires_grad_(affine), x) or not affine
 
 
+def test_a_bias_that_learns_before_a_frozen_norm_has_its_gradient() -> None:
+    """A norm by the batch takes a bias away again; one by running statistics does not."""
+    layers = nn.Sequential(nn.Conv2d(4, 5, 1), nn.BatchNorm2d(5)).double()
+    layers[1].eval()
+    layers.requires_grad_(False)
+    layers[0].bias.requires_grad_()
+    x, towards = noise(2, 4, 3, 3), noise(2, 5, 3, 3, seed=1)
+    expected = torch.autograd.grad(layers(x), layers[0].bias, towards)[0]
+    assert expected.abs().min() > 0
+    found = chain(list(fast_path(layers)), x)  # type: ignore[call-overload]
+    torch.testing.assert_close(torch.autograd.grad(found, layers[0].bias, towards)[0], expected)
+
+
 def test_one_value_a_channel_in_all_processes_is_told() -> None:
     with (
         norms_over_all(Adder.calling(lambda sums: sums)),

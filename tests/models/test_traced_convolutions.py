@@ -14,6 +14,7 @@ from torch import nn
 from posefabric.models import traced_convolutions
 from posefabric.models.grouped import fast_path
 from posefabric.models.kernels import has_tiles, load_kernels
+from posefabric.models.timm_import import import_timm
 from posefabric.models.traced_convolutions import trace_convolutions
 
 pytestmark = pytest.mark.skipif(
@@ -66,6 +67,16 @@ def test_they_are_the_kernels_to_the_last_bit(kind: str) -> None:
         gradients = torch.autograd.grad(out, (x, *network.parameters()), towards)
         found.append([out, *gradients])
     assert all(map(torch.equal, *found))
+
+
+def test_padding_that_follows_the_map_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(traced_convolutions, "has_tiles", lambda: True)
+    import_timm()
+    from timm.layers.conv2d_same import Conv2dSame
+
+    conv = Conv2dSame(6, 6, 3, stride=2, groups=6, bias=False)
+    trace_convolutions(conv)
+    assert type(conv) is Conv2dSame
 
 
 @pytest.mark.skipif(not has_tiles(), reason="no AMX tiles for bfloat16 on this processor")
